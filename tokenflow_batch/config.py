@@ -1,0 +1,140 @@
+"""Resolved settings: what one job does, after manifest inheritance and presets.
+
+Plain data, importable without torch. Names are those of diffusers and the paper where they exist.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Dtype = Literal["auto", "fp32", "fp16", "bf16"]
+Technique = Literal["pnp", "sdedit"]
+Preset = Literal["fast", "balanced", "quality", "official"]
+StageName = Literal["encode", "invert", "match", "edit", "render", "report"]
+
+STAGES: tuple[StageName, ...] = ("encode", "invert", "match", "edit", "render", "report")
+
+UNIT_SIDE = Annotated[int, Field(ge=8, le=16384)]
+SHARE = Annotated[float, Field(ge=0, le=1)]
+
+
+class Frozen(BaseModel):
+    """Immutable, and unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Runtime(Frozen):
+    """Where and how a process computes. Bits depend on it, so it is recorded beside the results."""
+
+    device: str = Field("auto", description="`auto`, `cpu`, `cuda` or `cuda:N`")
+    dtype: Dtype = Field("auto", description="fp16 on a GPU and fp32 on a CPU unless set")
+    threads: int = Field(2, ge=1, le=1024, description="CPU threads of every process")
+    attention: Literal["auto", "sdpa", "xformers"] = "auto"
+    correspondence: Literal["auto", "faiss", "torch"] = "auto"
+
+
+class Settings(Frozen):
+    """Everything about one edit of one clip that affects the result.
+
+    A manifest gives these under `defaults`, a clip or an edit; the innermost wins.
+    """
+
+    # the clip
+    source_prompt: str = Field("", description="what the video shows; steers the inversion")
+    keyframe_seed: int = Field(0, ge=-(2**63), lt=2**63)
+    resolution: tuple[UNIT_SIDE, UNIT_SIDE] | None = Field(
+        None, description="working width, height; default: the source's, to the model's multiple"
+    )
+    fit: Literal["resize", "crop", "pad"] = Field(
+        "crop", description="how the source becomes the working resolution"
+    )
+    restore_size: bool = Field(False, description="give the output the source's size again")
+    preset: Preset = "balanced"
+    steps: int = Field(25, ge=1, le=1000, description="sampling steps T; overrides the preset")
+    inversion_steps: int = Field(25, ge=1, le=1000)
+    inversion_iterations: int = Field(
+        1, ge=0, le=100, description="extra fixed-point iterations per step; 0 is plain inversion"
+    )
+    mode: Literal["default", "official"] = "default"
+    segment_length: int = Field(8, ge=1, le=4096, description="B, frames per keyframe")
+    chunk_frames: int = Field(64, ge=1, le=65536, description="frames per unit of work and shard")
+    unet_batch: int = Field(8, ge=1, le=4096, description="frames per UNet call outside the edit")
+    vae_batch: int = Field(4, ge=1, le=4096)
+    # the edit
+    prompt: str = ""
+    negative_prompt: str = ""
+    guidance_scale: float = Field(7.5, ge=0, le=100)
+    technique: Technique = "pnp"
+    attn_t: SHARE = Field(0.5, description="PnP: share of steps with injected queries and keys")
+    f_t: SHARE = Field(0.8, description="PnP: share of steps with injected convolution features")
+    strength: float = Field(0.9, gt=0, le=1, description="SDEdit: share of steps that are sampled")
+    sampler: Literal["ddim", "dpmsolver++"] = "ddim"
+    # the output
+    crf: int = Field(16, ge=1, le=51, description="x264 constant rate factor")
+    audio: bool = Field(True, description="copy the source's audio")
+
+    @property
+    def first_step(self) -> int:
+        """The sampling step the edit starts at: later for SDEdit below full strength."""
+        if self.technique == "pnp":
+            return 0
+        return min(self.steps - round(self.steps * self.strength), self.steps - 1)
+
+
+PRESETS: dict[Preset, dict[str, object]] = {
+    "fast": {"steps": 10, "inversion_iterations": 2},
+    "balanced": {"steps": 25, "inversion_iterations": 1},
+    "quality": {"steps": 50, "inversion_iterations": 1},
+    "official": {
+        "steps": 50,
+        "inversion_steps": 500,
+        "inversion_iterations": 0,
+        "mode": "official",
+    },
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One edit of one clip.
+
+    Attributes:
+        clip: the clip's name, a folder under the output.
+        edit: the edit's name.
+        video: the source file.
+        model: hub id, folder, single file or `demo`.
+        base_config: for a single file, the folder or hub id whose component configs fit it.
+        settings: everything that affects the result.
+        stored_conv_steps: for how many of the first steps `match` stores convolution features:
+            what the clip's PnP edits need together.
+        where: manifest file and line, for messages.
+    """
+
+    clip: str
+    edit: str
+    video: Path
+    model: str
+    base_config: str | None
+    settings: Settings
+    stored_conv_steps: int
+    where: str
+
+    @property
+    def name(self) -> str:
+        """`clip/edit`, how messages call the job."""
+        return f"{self.clip}/{self.edit}"
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A manifest, resolved: jobs in its order, and where they write."""
+
+    jobs: tuple[Job, ...]
+    output: Path
+    workdir: Path
+    runtime: Runtime

@@ -1,0 +1,58 @@
+"""The demo job: a generated clip and a manifest that recolours its object."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from tokenflow_batch.demo.scenes import Clip, recoloured
+from tokenflow_batch.files import replacing
+from tokenflow_batch.video import Encoding, write_segment
+
+FPS = 12
+
+
+def write_clip(path: Path, clip: Clip, *, fps: int = FPS, crf: int = 4) -> None:
+    """Encode a generated clip as a video file, a frame at a time."""
+    with replacing(path) as partial:
+        write_segment(
+            partial,
+            clip.frames(),
+            np.arange(len(clip)),
+            time_base=Fraction(1, fps),
+            rate=Fraction(fps),
+            encoding=Encoding(crf=crf),
+        )
+
+
+def write_demo(folder: Path, *, frames: int, seed: int) -> Path:
+    """Write `clip.mp4` and `manifest.yaml` into `folder`; returns the manifest's path."""
+    clip = Clip.random(seed, frames)
+    now = clip.params(0)
+    colour = "blue" if now.color in ("red", "orange", "pink", "yellow") else "red"
+    edits = {colour: recoloured(clip, color=colour), "striped": recoloured(clip, texture="striped")}
+    if now.texture == "striped":
+        edits.pop("striped")
+    write_clip(folder / "clip.mp4", clip)
+    manifest = {
+        "version": 1,
+        "model": "demo",
+        "output": "results/",
+        # The small model's hues drift at the usual 7.5, and its objects hold still at these
+        # injection thresholds (model card).
+        "defaults": {"preset": "balanced", "guidance_scale": 5.0, "attn_t": 0.8, "f_t": 1.0},
+        "clips": [
+            {
+                "video": "clip.mp4",
+                "source_prompt": clip.caption,
+                "edits": [{"name": n, "prompt": c.caption} for n, c in edits.items()],
+            }
+        ],
+    }
+    path = folder / "manifest.yaml"
+    with replacing(path) as partial:
+        partial.write_text(yaml.safe_dump(manifest, sort_keys=False), "utf-8")
+    return path

@@ -1,0 +1,84 @@
+"""Motion in closed form: any frame's value without the frames before it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True)
+class Wave:
+    """A quantity that swings about a centre: bounded over any number of frames.
+
+    Attributes:
+        centre: the mean.
+        amplitude: largest distance from it, in the same unit.
+        period: frames per swing; `math.inf` for a constant.
+        phase: radians at frame 0.
+    """
+
+    centre: float
+    amplitude: float = 0.0
+    period: float = math.inf
+    phase: float = 0.0
+
+    def at(self, index: int) -> float:
+        """Value at a frame."""
+        return self.centre + self.amplitude * math.sin(math.tau * index / self.period + self.phase)
+
+
+@dataclass(frozen=True, slots=True)
+class Post:
+    """A grey upright bar in front of everything, which passes through the image again and again.
+
+    Attributes:
+        width: in pixels, at least 1.
+        start: left edge at frame 0, in pixels.
+        speed: whole pixels per frame to the right.
+    """
+
+    width: int
+    start: int
+    speed: int
+
+    def left(self, index: int, size: int) -> int:
+        """Left edge at a frame, in pixels, in [-width, size)."""
+        # Wrapping at size + width means that the post is out of sight where it jumps.
+        return (self.start + self.speed * index + self.width) % (size + self.width) - self.width
+
+
+def clamp(value: float, low: float, high: float) -> float:
+    """The value nearest to `value` in [low, high]."""
+    return min(max(value, low), high)
+
+
+def swing(rng: np.random.Generator, centre: float, amplitude: float) -> Wave:
+    """Draw a slow swing (80 to 160 frames) about a value, in that value's unit."""
+    return Wave(centre, amplitude, rng.uniform(80, 160), rng.uniform(0, math.tau))
+
+
+def sweep(rng: np.random.Generator, room: float, velocity: float) -> Wave:
+    """Draw one coordinate of a path through the image.
+
+    Args:
+        rng: source of the draws.
+        room: distance to keep from either border, as a fraction of the image side, below one half.
+        velocity: largest one, in image sides per frame; 0 draws a place to stay at.
+
+    Returns:
+        The coordinate as a fraction of the image side, within [room, 1 - room].
+    """
+    half = 0.5 - room
+    amplitude = rng.uniform(0.6, 1) * half
+    centre = 0.5 + rng.uniform(-1, 1) * (half - amplitude)
+    phase = rng.uniform(0, math.tau)
+    period = math.tau * amplitude / velocity if velocity else math.inf
+    return Wave(centre, amplitude, period, phase)
+
+
+def draw_post(rng: np.random.Generator, size: int) -> Post:
+    """Draw a post of 6 to 10 % of the image's `size` (pixels), moving 1 or 2 pixels a frame."""
+    width = max(1, round(size * rng.uniform(0.06, 0.1)))
+    return Post(width, start=int(rng.uniform(0, size)), speed=int(rng.choice((-2, -1, 1, 2))))

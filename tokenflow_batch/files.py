@@ -1,0 +1,110 @@
+"""Durable files: atomic replacement, fsync in the right order, digests and their memory."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tokenflow_batch.errors import VideoError
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file's content, hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest_json(value: Any) -> str:
+    """SHA-256 of a JSON value in canonical form (sorted keys, no spaces)."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def fsync(path: Path) -> None:
+    """Flush a file, or a folder's entries, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a temporary file beside `path`; on success it durably becomes `path`, else it is gone."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(
+        prefix=f".{path.name}.", suffix=f".tmp{path.suffix}", dir=path.parent
+    )
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        temporary.chmod(0o644)
+        fsync(temporary)
+        temporary.replace(path)
+        fsync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON atomically and durably."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", "utf-8")
+
+
+class DigestMemory:
+    """Digests of large input files, remembered by (path, size, mtime) across runs."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._known: dict[str, dict[str, Any]] | None = None
+
+    def _load(self) -> dict[str, dict[str, Any]]:
+        if self._known is None:
+            try:
+                self._known = json.loads(self._path.read_text("utf-8"))
+            except (OSError, ValueError):
+                self._known = {}  # only a memory: losing it costs reading the files again
+        assert self._known is not None  # noqa: S101
+        return self._known
+
+    def peek(self, file: Path) -> str | None:
+        """The digest if the file is remembered and unchanged, without reading it."""
+        try:
+            entry = self._load().get(str(file.resolve()))
+            return entry["sha256"] if entry and entry["stat"] == _stat(file) else None
+        except OSError:
+            return None
+
+    def digest(self, file: Path) -> str:
+        """The digest, from memory or by reading the file.
+
+        Raises:
+            VideoError: the file can't be read.
+        """
+        known = self.peek(file)
+        if known is not None:
+            return known
+        try:
+            before = _stat(file)
+            value = digest(file)
+        except FileNotFoundError:
+            raise VideoError(f"{file}: no such file") from None
+        except OSError as error:
+            raise VideoError(f"{file}: can't be read: {error.strerror}") from None
+        self._load()[str(file.resolve())] = {"stat": before, "sha256": value}
+        write_json(self._path, self._known)
+        return value
+
+
+def _stat(file: Path) -> list[int]:
+    status = file.stat()
+    return [status.st_size, status.st_mtime_ns]

@@ -1,0 +1,101 @@
+"""What identifies a stage's result: everything that affects it, and nothing else.
+
+One place for it: a stage's key is the digest of its VERSION, its settings, its inputs' digests and
+the keys of the stages that it reads. Paths, names, verbosity and the number of processes are not in
+there. Raise a stage's VERSION when its result changes for the same settings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tokenflow_batch.config import Job, Settings, StageName
+from tokenflow_batch.files import digest_json
+
+VERSIONS: Mapping[StageName, int] = {
+    "encode": 1,
+    "invert": 1,
+    "match": 1,
+    "edit": 1,
+    "render": 1,
+    "report": 1,
+}
+
+_ENCODE = ("resolution", "fit", "chunk_frames", "vae_batch")
+_INVERT = (
+    "source_prompt",
+    "steps",
+    "inversion_steps",
+    "inversion_iterations",
+    "mode",
+    "unet_batch",
+)
+_MATCH = ("keyframe_seed", "segment_length")
+_EDIT = ("prompt", "negative_prompt", "guidance_scale", "technique", "sampler")
+_PNP = ("attn_t", "f_t")
+_SDEDIT = ("strength",)
+_RENDER = ("crf", "audio", "restore_size")
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Digests of a job's inputs.
+
+    Attributes:
+        video: of the source file.
+        vae: fingerprint of the autoencoder.
+        denoiser: fingerprint of UNet, text encoder, tokenizer and scheduler.
+    """
+
+    video: str
+    vae: str
+    denoiser: str
+
+
+@dataclass(frozen=True)
+class StageKey:
+    """A stage's key and what it stands for (written beside the data as key.json)."""
+
+    stage: StageName
+    key: str
+    described: Mapping[str, Any]
+
+
+def stage_keys(job: Job, identity: Identity, dtype: str) -> dict[StageName, StageKey]:
+    """The keys of all six stages of a job.
+
+    Args:
+        job: its settings count, its names and paths don't.
+        identity: digests of its inputs.
+        dtype: as configured (`auto` is not resolved: what it came to is in the numerics record).
+    """
+    s = job.settings
+    keys: dict[StageName, StageKey] = {}
+
+    def add(stage: StageName, values: Mapping[str, Any]) -> str:
+        described = {"stage": stage, "version": VERSIONS[stage], **values}
+        keys[stage] = StageKey(stage, digest_json(described)[:24], described)
+        return keys[stage].key
+
+    encode = add(
+        "encode",
+        {"video": identity.video, "vae": identity.vae, "dtype": dtype, **_pick(s, _ENCODE)},
+    )
+    invert = add(
+        "invert",
+        {"encode": encode, "model": identity.denoiser, "dtype": dtype, **_pick(s, _INVERT)},
+    )
+    match = add(
+        "match", {"invert": invert, "conv_steps": job.stored_conv_steps, **_pick(s, _MATCH)}
+    )
+    technique = _PNP if s.technique == "pnp" else _SDEDIT
+    edit = add("edit", {"match": match, **_pick(s, _EDIT), **_pick(s, technique)})
+    render = add("render", {"edit": edit, "encode": encode, **_pick(s, _RENDER)})
+    add("report", {"render": render})
+    return keys
+
+
+def _pick(settings: Settings, names: tuple[str, ...]) -> dict[str, Any]:
+    return settings.model_dump(mode="json", include=set(names))

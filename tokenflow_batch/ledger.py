@@ -1,0 +1,244 @@
+"""What is done: commit records of units of work, in a stage's folder.
+
+A unit counts only once its record says so. The record is written last: data files are flushed,
+then their folders, then the record appears by atomic rename. It lists every file with size and
+digest; the first read of a unit in a process compares them.
+
+STAGE/KEY/key.json         what the key stands for
+         /numerics.json    device, dtype, backends, threads, library versions
+         /commits/*.json   one record a unit; `complete.json` once there is nothing left to do
+         /...              the units' files
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenflow_batch.errors import DamagedUnit, NumericsMismatch, StoreError
+from tokenflow_batch.files import digest, fsync, write_json
+
+COMPLETE = "complete"
+
+
+@dataclass(frozen=True)
+class Record:
+    """A unit's commit record.
+
+    Attributes:
+        files: relative path → (size in bytes, SHA-256).
+        facts: what the unit says of itself (UNet rows, seconds, …).
+        dropped: the files were removed on purpose since; the work counts as done.
+    """
+
+    files: Mapping[str, tuple[int, str]]
+    facts: Mapping[str, Any]
+    dropped: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """As stored."""
+        files = {name: list(value) for name, value in self.files.items()}
+        return {"files": files, "facts": dict(self.facts), "dropped": self.dropped}
+
+    @classmethod
+    def from_json(cls, raw: Any) -> Record:
+        """From what `to_json` gave; ValueError, KeyError or TypeError if it isn't one."""
+        files = {str(k): (int(size), str(sha)) for k, (size, sha) in raw["files"].items()}
+        return cls(files, dict(raw["facts"]), bool(raw["dropped"]))
+
+
+class StageFolder:
+    """The folder of one stage with one key."""
+
+    def __init__(self, folder: Path, stage: str, key: str) -> None:
+        self.folder, self.stage, self.key = folder, stage, key
+        self._commits = folder / "commits"
+        self._checked: set[str] = set()
+
+    # -- units -------------------------------------------------------------------------------
+
+    def record(self, unit: str) -> Record | None:
+        """The unit's record, or None if it has not been committed.
+
+        Raises:
+            DamagedUnit: there is a record, but it can't be read.
+        """
+        try:
+            text = self._record_path(unit).read_text("utf-8")
+        except FileNotFoundError:
+            return None
+        try:
+            return Record.from_json(json.loads(text))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise self._damage(unit, "its commit record is not readable") from None
+
+    def committed(self, unit: str) -> bool:
+        """Whether the unit's work is done (its files may have been dropped since)."""
+        return self.record(unit) is not None
+
+    def available(self, unit: str) -> bool:
+        """Whether the unit is done and its files are still kept."""
+        record = self.record(unit)
+        return record is not None and not record.dropped
+
+    def commit(
+        self, unit: str, files: Iterable[Path], facts: Mapping[str, Any] | None = None
+    ) -> None:
+        """Declare a unit done: flush its files, then their folders, then write the record."""
+        paths = sorted(files)
+        for path in paths:
+            fsync(path)
+        for folder in sorted(self._folders(paths), key=lambda p: -len(p.parts)):
+            fsync(folder)
+        listed = {str(p.relative_to(self.folder)): (p.stat().st_size, digest(p)) for p in paths}
+        write_json(self._record_path(unit), Record(listed, dict(facts or {})).to_json())
+        self._checked.add(unit)
+
+    def check(self, unit: str) -> Record:
+        """Make sure, once per process, that the unit's files are what was committed.
+
+        Raises:
+            DamagedUnit: a file is missing, or has another size or digest; or the unit is not there.
+        """
+        record = self.record(unit)
+        if record is None or record.dropped:
+            raise self._damage(unit, "it is needed but not there")
+        if unit in self._checked:
+            return record
+        for name, (size, sha) in record.files.items():
+            path = self.folder / name
+            if not path.is_file():
+                raise self._damage(unit, f"{name} is missing")
+            if path.stat().st_size != size:
+                raise self._damage(unit, f"{name} has {path.stat().st_size} bytes, not {size}")
+            if digest(path) != sha:
+                raise self._damage(unit, f"{name} has another digest")
+        self._checked.add(unit)
+        return record
+
+    def drop(self, unit: str) -> None:
+        """Remove a committed unit's files; its record stays, marked. Safe to repeat."""
+        record = self.record(unit)
+        if record is None:
+            return
+        if not record.dropped:
+            marked = Record(record.files, record.facts, dropped=True)
+            write_json(self._record_path(unit), marked.to_json())
+        for name in record.files:
+            (self.folder / name).unlink(missing_ok=True)
+
+    def forget(self, unit: str) -> None:
+        """Make a unit not done again, and with it the stage."""
+        for name in (COMPLETE, unit):
+            self._record_path(name).unlink(missing_ok=True)
+            self._checked.discard(name)
+        if self._commits.is_dir():
+            fsync(self._commits)
+
+    def units(self) -> Iterator[str]:
+        """Names of all committed units, sorted."""
+        for path in sorted(self._commits.glob("*.json")):
+            if path.stem != COMPLETE and not path.name.startswith("."):
+                yield path.stem
+
+    # -- the stage ---------------------------------------------------------------------------
+
+    @property
+    def finished(self) -> bool:
+        """Whether the stage was declared done, whatever has happened to its files since."""
+        return self.committed(COMPLETE)
+
+    @property
+    def complete(self) -> bool:
+        """Whether the stage is done and nothing that it keeps has gone missing (sizes only)."""
+        try:
+            if not self.finished:
+                return False
+            return all(self._intact(unit) for unit in self.units())
+        except DamagedUnit:
+            return False
+
+    def finish(self, facts: Mapping[str, Any]) -> None:
+        """Declare the stage done."""
+        self.commit(COMPLETE, (), facts)
+
+    def totals(self) -> dict[str, float]:
+        """Numeric facts summed over all units (rows, seconds)."""
+        sums: dict[str, float] = {}
+        for unit in self.units():
+            record = self.record(unit)
+            for name, value in (record.facts if record else {}).items():
+                if isinstance(value, int | float) and not isinstance(value, bool):
+                    sums[name] = sums.get(name, 0) + value
+        return sums
+
+    def open(self, described: Mapping[str, Any], numerics: Mapping[str, Any]) -> None:
+        """Begin or go on with the stage's work.
+
+        Args:
+            described: what the key stands for.
+            numerics: device, dtype, backends, threads and versions of this process.
+
+        Raises:
+            NumericsMismatch: half-done work was begun under other numerics.
+            StoreError: the folder can't be written.
+        """
+        try:
+            self._commits.mkdir(parents=True, exist_ok=True)
+        except (NotADirectoryError, FileExistsError, PermissionError) as error:
+            raise StoreError(f"{self.folder}: can't be used as a work folder: {error}") from None
+        path = self.folder / "numerics.json"
+        begun = next(self.units(), None) is not None
+        if begun:
+            self._same_numerics(path, numerics)
+        else:
+            write_json(self.folder / "key.json", described)
+            write_json(path, numerics)
+
+    def _same_numerics(self, path: Path, numerics: Mapping[str, Any]) -> None:
+        try:
+            recorded = json.loads(path.read_text("utf-8"))
+        except (OSError, ValueError):
+            recorded = {}
+        names = sorted(set(recorded) | set(numerics))
+        differ = [
+            f"{n} was {recorded.get(n)!r} and is {numerics.get(n)!r}"
+            for n in names
+            if recorded.get(n) != numerics.get(n)
+        ]
+        if differ:
+            raise NumericsMismatch(
+                f"{self.stage} {self.key} is half done under other numerics, which would mix "
+                f"results that differ in their bits: {'; '.join(differ)}",
+                hint=f"go on in the old environment, or start the stage anew: --force {self.stage}",
+            )
+
+    def _intact(self, unit: str) -> bool:
+        record = self.record(unit)
+        if record is None or record.dropped:
+            return record is not None
+        try:
+            return all(
+                (self.folder / n).stat().st_size == size for n, (size, _) in record.files.items()
+            )
+        except OSError:
+            return False
+
+    def _record_path(self, unit: str) -> Path:
+        return self._commits / f"{unit}.json"
+
+    def _folders(self, paths: Iterable[Path]) -> set[Path]:
+        """Every folder between the files and the stage's, the latter included."""
+        folders: set[Path] = set()
+        for path in paths:
+            for parent in path.parents:
+                folders.add(parent)
+                if parent == self.folder:
+                    break
+        return folders
+
+    def _damage(self, unit: str, reason: str) -> DamagedUnit:
+        return DamagedUnit(self.stage, self.key, unit, reason)

@@ -1,0 +1,331 @@
+"""Manifests: YAML (or JSON) in, jobs out, with the file and line of everything that is wrong."""
+
+from __future__ import annotations
+
+import difflib
+import glob
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import Field, StringConstraints, ValidationError
+
+from tokenflow_batch.config import PRESETS, Batch, Frozen, Job, Runtime, Settings
+from tokenflow_batch.errors import ManifestError
+
+VIDEO_SUFFIXES = frozenset(
+    ".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .m2ts .mts .wmv .flv .ogv .3gp .gif".split()
+)
+
+# A name becomes a file or folder name: no separators, no control characters, not hidden.
+Name = Annotated[
+    str,
+    StringConstraints(min_length=1, max_length=120, pattern=r"^[^./\\\x00-\x1f][^/\\\x00-\x1f]*$"),
+]
+Level = dict[str, Any]
+Where = tuple[str | int, ...]
+M = TypeVar("M", bound=Frozen)
+
+
+class EditEntry(Frozen):
+    """What only an edit has; it may also give any setting."""
+
+    name: Name
+    prompt: str = Field(min_length=1)
+
+
+class ClipEntry(Frozen):
+    """What only a clip has; it may also give any setting for its edits."""
+
+    video: str = Field(min_length=1, description="file, glob or folder, relative to the manifest")
+    name: Name | None = Field(None, description="default: the file's name without its suffix")
+    edits: list[Level] = Field(min_length=1)
+
+
+class ManifestFile(Frozen):
+    """The top level."""
+
+    version: Literal[1]
+    model: str = Field(min_length=1, description="hub id, folder, single file, or `demo`")
+    base_config: str | None = Field(
+        None, description="for a single file: folder or hub id with its component configs"
+    )
+    output: str = Field("outputs/", min_length=1, description="relative to the manifest")
+    runtime: Runtime = Runtime()
+    defaults: Level = {}
+    clips: list[Level] = Field(min_length=1)
+
+
+def load(path: Path, *, output: Path | None = None, workdir: Path | None = None) -> Batch:
+    """Read and resolve a manifest.
+
+    Args:
+        path: the YAML or JSON file.
+        output: overrides the manifest's `output`.
+        workdir: overrides the default work folder, `OUTPUT/.work`.
+
+    Raises:
+        ManifestError: listing everything that is wrong, with file and line.
+    """
+    text = _Text.read(path)
+    problems = _Problems(text)
+    top = _validate(ManifestFile, text.raw, (), problems)
+    problems.stop()
+    assert top is not None  # noqa: S101 - stop() has raised otherwise
+    _split(top.defaults, None, ("defaults",), problems)
+    jobs: list[Job] = []
+    for index in range(len(top.clips)):
+        jobs += _clip_jobs(path, top, index, problems)
+    _refuse_equal_names(jobs, problems)
+    problems.stop()
+    out = output or path.parent / top.output
+    return Batch(tuple(jobs), out, workdir or out / ".work", top.runtime)
+
+
+def _clip_jobs(path: Path, top: ManifestFile, index: int, problems: _Problems) -> list[Job]:
+    where: Where = ("clips", index)
+    entry, shared = _split(top.clips[index], ClipEntry, where, problems)
+    if entry is None:
+        return []
+    videos = _videos(path.parent, entry, where, problems)
+    edits: list[tuple[EditEntry, Settings, int]] = []
+    for number, raw in enumerate(entry.edits):
+        at = (*where, "edits", number)
+        edit, own = _split(raw, EditEntry, at, problems)
+        if edit is not None:
+            levels = [(("defaults",), top.defaults), (where, shared), (at, own)]
+            settings = _settings(levels, edit.prompt, problems)
+            if settings is not None:
+                edits.append((edit, settings, problems.text.line(at)))
+    conv_steps = _conv_steps([settings for _, settings, _ in edits])
+    return [
+        Job(
+            clip=entry.name or video.stem,
+            edit=edit.name,
+            video=video,
+            model=_model_reference(path.parent, top.model),
+            base_config=top.base_config and _model_reference(path.parent, top.base_config),
+            settings=settings,
+            stored_conv_steps=conv_steps.get(settings.steps, 0),
+            where=f"{path}:{line}",
+        )
+        for video in videos
+        for edit, settings, line in edits
+    ]
+
+
+def _settings(
+    levels: Sequence[tuple[Where, Level]], prompt: str, problems: _Problems
+) -> Settings | None:
+    """Merge preset < defaults < clip < edit and validate; errors point to where a value stands."""
+    given: Level = {}
+    origin: dict[str, Where] = {}
+    for where, level in levels:
+        given |= level
+        origin |= {key: (*where, key) for key in level}
+    preset = PRESETS.get(given.get("preset", "balanced"), {})
+    merged = {**preset, **given, "prompt": prompt}
+    merged.setdefault("inversion_steps", merged.get("steps", 25))
+    try:
+        settings = Settings.model_validate(merged)
+    except ValidationError as error:
+        for item in error.errors():
+            key = str(item["loc"][0])
+            place = (*origin.get(key, levels[-1][0]), *item["loc"][1:])
+            problems.add(place, f"{item['msg']} (got {_short(item['input'])})")
+        return None
+    plain = settings.inversion_iterations == 0
+    if settings.inversion_steps < settings.steps or (
+        not plain and settings.inversion_steps != settings.steps
+    ):
+        problems.add(
+            origin.get("inversion_steps", levels[-1][0]),
+            "inversion_steps differs from steps: fixed-point inversion takes exactly `steps`, "
+            "plain inversion (inversion_iterations: 0) at least as many",
+        )
+        return None
+    return settings
+
+
+def _conv_steps(edits: Sequence[Settings]) -> dict[int, int]:
+    """For how many of the first steps `match` stores convolution features, by `steps`.
+
+    The usual share (f_t = 0.8) or, if some edit asks for more, all: so that adding an edit to a
+    clip doesn't make its `match` another one.
+    """
+    wanted: dict[int, int] = {}
+    for s in edits:
+        if s.technique == "pnp" and s.mode == "default":
+            usual = int(s.steps * 0.8)
+            needed = usual if int(s.steps * s.f_t) <= usual else s.steps
+            wanted[s.steps] = max(needed, wanted.get(s.steps, 0))
+    return wanted
+
+
+def _videos(root: Path, entry: ClipEntry, where: Where, problems: _Problems) -> list[Path]:
+    """The files that `video` names: one file, a glob's matches, or a folder's videos."""
+    target = root / entry.video
+    if target.is_dir():
+        found = sorted(p for p in target.rglob("*") if _is_video(p))
+        nothing = f"no video files in folder {target}"
+    elif glob.has_magic(entry.video) and not target.exists():
+        found = sorted(root.glob(entry.video)) if not Path(entry.video).is_absolute() else []
+        found = found or sorted(map(Path, glob.glob(entry.video, recursive=True)))  # noqa: PTH207
+        found = [p for p in found if p.is_file()]
+        nothing = f"no file matches {entry.video!r} in {root}"
+    else:
+        return [target]  # a missing file is that job's failure, not the batch's
+    if not found:
+        problems.add((*where, "video"), nothing)
+    if entry.name is not None and len(found) > 1:
+        problems.add((*where, "name"), f"one name for {len(found)} videos: leave it out")
+    return found
+
+
+def _is_video(path: Path) -> bool:
+    return path.is_file() and path.suffix.lower() in VIDEO_SUFFIXES and path.name[0] != "."
+
+
+def _refuse_equal_names(jobs: Iterable[Job], problems: _Problems) -> None:
+    """Two clips, or two edits of a clip, that would write the same files."""
+    clips: dict[str, Job] = {}
+    edits: dict[tuple[str, str], Job] = {}
+    for job in jobs:
+        first = clips.setdefault(job.clip.casefold(), job)
+        if first.video != job.video:
+            problems.say(
+                f"{job.where}: clip name {job.clip!r} is taken: {first.video} and {job.video} "
+                "would write the same files; give one of them a `name`"
+            )
+        other = edits.setdefault((job.clip.casefold(), job.edit.casefold()), job)
+        if other is not job and first.video == job.video:
+            problems.say(f"{job.where}: edit {job.name!r} is already defined at {other.where}")
+
+
+def _model_reference(root: Path, model: str) -> str:
+    """A path relative to the manifest if there is one, else the text as it stands (hub id, demo)."""
+    local = root / model
+    return str(local) if model != "demo" and local.exists() else model
+
+
+def _split(
+    raw: Level, model: type[M] | None, where: Where, problems: _Problems
+) -> tuple[M | None, Level]:
+    """Part a level into its own entry (if it has one) and the settings it passes on."""
+    own = set(model.model_fields) if model else set()
+    known = own | set(Settings.model_fields)
+    for key in raw:
+        if key not in known:
+            problems.add((*where, key), _unknown(str(key), known))
+    settings = {k: v for k, v in raw.items() if k in Settings.model_fields and k not in own}
+    if model is None:
+        return None, settings
+    return _validate(model, {k: v for k, v in raw.items() if k in own}, where, problems), settings
+
+
+def _validate(model: type[M], raw: Any, where: Where, problems: _Problems) -> M | None:
+    try:
+        return model.model_validate(raw)
+    except ValidationError as error:
+        for item in error.errors():
+            place = (*where, *item["loc"])
+            if item["type"] == "extra_forbidden":
+                owner = Runtime if "runtime" in item["loc"] else model
+                problems.add(place, _unknown(str(place[-1]), owner.model_fields))
+            elif item["type"] == "missing":
+                problems.add(place[:-1], f"`{place[-1]}` is missing")
+            else:
+                problems.add(place, f"{item['msg']} (got {_short(item['input'])})")
+        return None
+
+
+def _unknown(key: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(key, list(known), n=1)
+    return f"unknown key{f', did you mean `{close[0]}`?' if close else ''}"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+@dataclass(frozen=True)
+class _Text:
+    """A manifest's data with the line of every node."""
+
+    path: Path
+    root: yaml.Node
+    raw: Any
+
+    @classmethod
+    def read(cls, path: Path) -> _Text:
+        try:
+            text = path.read_text(encoding="utf-8")
+            root = yaml.compose(text, Loader=yaml.SafeLoader)
+            raw = yaml.safe_load(text)
+        except FileNotFoundError:
+            raise ManifestError(f"{path}: no such manifest") from None
+        except yaml.MarkedYAMLError as error:
+            mark = error.problem_mark or error.context_mark
+            line = mark.line + 1 if mark else 1
+            raise ManifestError(f"{path}:{line}: not valid YAML: {error.problem}") from None
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise ManifestError(f"{path}: can't be read: {error}") from None
+        if not isinstance(root, yaml.MappingNode):
+            raise ManifestError(f"{path}:1: a manifest is a mapping: version, model, clips")
+        _refuse_duplicate_keys(path, root)
+        return cls(path, root, raw)
+
+    def line(self, where: Where) -> int:
+        """The line of the innermost part of `where` that exists."""
+        node, line = self.root, self.root.start_mark.line
+        for part in where:
+            if isinstance(node, yaml.MappingNode):
+                pairs: Mapping[str, tuple[yaml.Node, yaml.Node]]
+                pairs = {key.value: (key, value) for key, value in node.value}
+            elif isinstance(node, yaml.SequenceNode):
+                pairs = {str(i): (value, value) for i, value in enumerate(node.value)}
+            else:
+                break
+            if str(part) not in pairs:
+                break
+            key, node = pairs[str(part)]
+            line = key.start_mark.line
+        return line + 1
+
+
+def _refuse_duplicate_keys(path: Path, node: yaml.Node) -> None:
+    """YAML keeps the last of two equal keys without a word: an edit would be lost."""
+    children = node.value if isinstance(node, yaml.SequenceNode) else []
+    if isinstance(node, yaml.MappingNode):
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                line = key.start_mark.line + 1
+                raise ManifestError(f"{path}:{line}: `{key.value}` is given twice")
+            seen.add(key.value)
+        children = [value for _, value in node.value]
+    for child in children:
+        _refuse_duplicate_keys(path, child)
+
+
+@dataclass
+class _Problems:
+    """Collects everything that is wrong before saying so."""
+
+    text: _Text
+    lines: list[str] = field(default_factory=list)
+
+    def add(self, where: Where, message: str) -> None:
+        dotted = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in where).lstrip(".")
+        self.say(f"{self.text.path}:{self.text.line(where)}: {dotted}: {message}")
+
+    def say(self, line: str) -> None:
+        if line not in self.lines:
+            self.lines.append(line)
+
+    def stop(self) -> None:
+        if self.lines:
+            raise ManifestError("\n".join(self.lines), hint="docs/manifest.md lists every key")

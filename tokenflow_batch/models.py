@@ -1,0 +1,238 @@
+"""Loading Stable Diffusion 1.x / 2.x by diffusers, and the few calls the stages make of it.
+
+Nothing here assumes 77 tokens, a VAE factor of 8, 512 pixels, square frames or four latent
+channels. Shape suffixes: N frames, H W pixels, C latent channels, h w latent size, T prompt
+tokens, E embedding width.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from tokenflow_batch.config import Runtime
+from tokenflow_batch.errors import ModelError
+from tokenflow_batch.model_files import ModelFiles
+from tokenflow_batch.tokenflow.attention import AttentionBackend, choose_attention
+from tokenflow_batch.tokenflow.correspondence import Backend, choose_backend
+from tokenflow_batch.tokenflow.ddim import Schedule
+
+_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Compute:
+    """A `Runtime` resolved on this machine."""
+
+    device: torch.device
+    dtype: torch.dtype
+    threads: int
+    attention: AttentionBackend
+    matching: Backend
+
+    def numerics(self) -> dict[str, Any]:
+        """Everything about this process that decides bits, for the record beside the results."""
+        packages = ["torch", "diffusers", "transformers", "numpy", "zarr", "av", "pillow"]
+        packages += ["xformers"] if self.attention == "xformers" else []
+        backends = {"attention": self.attention, "correspondence": self.matching}
+        return {
+            "device": _device_name(self.device),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "threads": self.threads,
+            **backends,
+            **{name: importlib.metadata.version(name) for name in packages},
+        }
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def resolve(runtime: Runtime) -> Compute:
+    """Choose device, dtype and backends, and set this process's thread count.
+
+    Raises:
+        ModelError: the device isn't there, or a backend was asked for that can't work on it.
+    """
+    name = runtime.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+        attention = choose_attention(runtime.attention, device.type)
+        matching = choose_backend(runtime.correspondence, device.type)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise ModelError(f"runtime: {str(error).splitlines()[0]}") from None
+    kind = runtime.dtype
+    if kind == "auto":
+        kind = "fp16" if device.type == "cuda" else "fp32"
+    set_threads(runtime.threads)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.benchmark = False  # it picks kernels by timing: other bits each run
+    torch.backends.cudnn.deterministic = True
+    return Compute(device, _DTYPES[kind], runtime.threads, attention, matching)
+
+
+def set_threads(threads: int) -> None:
+    """Set the CPU threads of every library that computes: launchers change them silently."""
+    torch.set_num_threads(threads)
+    if importlib.util.find_spec("faiss") is not None:
+        import faiss
+
+        faiss.omp_set_num_threads(threads)
+
+
+class Model:
+    """A loaded model.
+
+    Attributes:
+        unet: the denoising UNet, in eval mode.
+        prediction_type: what it predicts.
+        latent_channels: C.
+        vae_factor: pixels per latent in each direction.
+        multiple: what working width and height must be multiples of.
+    """
+
+    def __init__(self, pipeline: Any, compute: Compute) -> None:
+        self.compute = compute
+        self.unet: nn.Module = _frozen(pipeline.unet, compute)
+        self._vae = _frozen(pipeline.vae, compute)
+        self._text_encoder = _frozen(pipeline.text_encoder, compute)
+        self._tokenizer = pipeline.tokenizer
+        self._scheduler = _ddim(pipeline.scheduler)
+        self.prediction_type: str = self._scheduler.config.prediction_type
+        vae, unet = pipeline.vae.config, pipeline.unet.config
+        self.latent_channels: int = vae.latent_channels
+        self.vae_factor = 2 ** (len(vae.block_out_channels) - 1)
+        self.multiple = self.vae_factor * 2 ** (len(unet.block_out_channels) - 1)
+        if unet.in_channels != self.latent_channels:
+            raise ModelError(
+                f"the UNet takes {unet.in_channels} channels and the VAE gives "
+                f"{self.latent_channels}: an inpainting or depth model can't be used here"
+            )
+
+    def schedule(self, steps: int) -> Schedule:
+        """The model's own timesteps for `steps` sampling steps.
+
+        Raises:
+            ModelError: the noise schedule can't do that.
+        """
+        scheduler = self._scheduler
+        if steps > scheduler.config.num_train_timesteps:
+            raise ModelError(f"the model was trained with fewer than {steps} timesteps")
+        scheduler.set_timesteps(steps)
+        timesteps = [int(t) for t in scheduler.timesteps]
+        alphas = [float(scheduler.alphas_cumprod[t]) for t in timesteps]
+        if min(alphas) <= 0:
+            raise ModelError("a noise schedule with zero terminal signal is not supported")
+        return Schedule(tuple(timesteps), tuple(alphas), float(scheduler.final_alpha_cumprod))
+
+    @torch.no_grad()
+    def encode(self, frames: NDArray[np.uint8]) -> Tensor:
+        """Posterior means times the scaling factor: (N, H, W, 3) uint8 → (N, C, h, w) float32."""
+        x_NCHW = torch.from_numpy(frames).permute(0, 3, 1, 2).to(self.compute.device)
+        x_NCHW = (x_NCHW.float() / 127.5 - 1).to(self.compute.dtype)
+        mean: Tensor = self._vae.encode(x_NCHW).latent_dist.mean
+        return (mean.float() * self._vae.config.scaling_factor).cpu()
+
+    @torch.no_grad()
+    def decode(self, latents_NChw: Tensor) -> NDArray[np.uint8]:
+        """(N, C, h, w) → (N, H, W, 3) uint8."""
+        z = latents_NChw.to(self.compute.device, torch.float32) / self._vae.config.scaling_factor
+        x_NCHW: Tensor = self._vae.decode(z.to(self.compute.dtype)).sample
+        scaled = (x_NCHW.float().clamp(-1, 1) + 1) * 127.5
+        pixels: NDArray[np.uint8] = scaled.round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+        return pixels
+
+    @torch.no_grad()
+    def embed(self, prompt: str) -> Tensor:
+        """Text embedding (T, E) of a prompt, padded to the text encoder's length.
+
+        Raises:
+            ModelError: the prompt is longer than that.
+        """
+        limit = min(
+            self._tokenizer.model_max_length, self._text_encoder.config.max_position_embeddings
+        )
+        length = len(self._tokenizer(prompt).input_ids)
+        if length > limit:
+            raise ModelError(
+                f"prompt of {length} tokens, the model takes {limit} "
+                f"(two of them mark start and end): {prompt!r}",
+                hint="shorten the prompt: what is over the limit would be ignored",
+            )
+        ids = self._tokenizer(
+            prompt, padding="max_length", max_length=limit, return_tensors="pt"
+        ).input_ids
+        embedded: Tensor = self._text_encoder(ids.to(self.compute.device))[0]
+        return embedded[0]
+
+
+def load(files: ModelFiles, compute: Compute) -> Model:
+    """Load a model onto the device.
+
+    Raises:
+        ModelError: diffusers can't make a Stable Diffusion pipeline of the files.
+    """
+    _quiet_libraries()
+    from diffusers import StableDiffusionPipeline
+
+    common = {"dtype": compute.dtype, "local_files_only": True, "use_safetensors": True}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # deprecations inside the libraries
+            if files.path.is_file():
+                pipeline = StableDiffusionPipeline.from_single_file(
+                    str(files.path),
+                    config=str(files.base_config),
+                    safety_checker=None,
+                    feature_extractor=None,
+                    **common,
+                )
+            else:
+                pipeline = StableDiffusionPipeline.from_pretrained(
+                    str(files.path),
+                    variant=files.variant,
+                    safety_checker=None,
+                    feature_extractor=None,
+                    image_encoder=None,
+                    requires_safety_checker=False,
+                    **common,
+                )
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except Exception as error:  # diffusers raises almost anything on files it can't read
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(f"{files.path}: can't be loaded as Stable Diffusion: {reason}") from error
+    if compute.attention == "xformers":
+        pipeline.unet.enable_xformers_memory_efficient_attention()
+    return Model(pipeline, compute)
+
+
+def _quiet_libraries() -> None:
+    """Keep the libraries' own bars and advice (torchvision, …) off the user's terminal."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    for chatter in (diffusers_logging, transformers_logging):
+        chatter.set_verbosity_error()
+        chatter.disable_progress_bar()
+
+
+def _frozen(module: Any, compute: Compute) -> Any:
+    return module.to(compute.device).eval().requires_grad_(False)
+
+
+def _ddim(scheduler: Any) -> Any:
+    from diffusers import DDIMScheduler
+
+    return DDIMScheduler.from_config(scheduler.config)

@@ -1,0 +1,224 @@
+"""Jobs × stages: skip what is done, run what is not, and turn every failure into a message.
+
+The one place that catches a stage's errors. One bad job never stops the batch.
+"""
+
+from __future__ import annotations
+
+import filecmp
+import logging
+import shutil
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from filelock import FileLock, Timeout
+
+from tokenflow_batch.config import STAGES, Batch, Job, StageName
+from tokenflow_batch.errors import (
+    DamagedUnit,
+    DiskFullError,
+    LockedError,
+    MissingInput,
+    OutOfMemoryError,
+    TokenflowBatchError,
+    disk_full,
+)
+from tokenflow_batch.files import replacing
+from tokenflow_batch.inputs import Inputs
+from tokenflow_batch.models import Compute, Model, load, resolve
+from tokenflow_batch.stages import IMPLEMENTATIONS
+from tokenflow_batch.stages.base import Progress, StageContext
+from tokenflow_batch.stages.render import VIDEO_FILE
+from tokenflow_batch.stages.report import METRICS, SHEET, SIDE_BY_SIDE
+
+log = logging.getLogger("tokenflow_batch")
+
+
+@dataclass
+class JobResult:
+    """What became of one job.
+
+    Attributes:
+        job: which.
+        ran: stages that had work to do.
+        skipped: stages that were done already.
+        outputs: files under the output folder.
+        error: why it failed, or None.
+    """
+
+    job: Job
+    ran: list[StageName] = field(default_factory=list)
+    skipped: list[StageName] = field(default_factory=list)
+    outputs: list[Path] = field(default_factory=list)
+    error: TokenflowBatchError | None = None
+
+
+class Runner:
+    """Runs a batch on this machine, in this process.
+
+    Args:
+        batch: the resolved manifest.
+        progress: makes progress bars.
+
+    Raises:
+        ModelError: the model can't be found, or the runtime section asks for what isn't there.
+    """
+
+    def __init__(self, batch: Batch, progress: Progress) -> None:
+        self.batch, self.progress = batch, progress
+        self.compute: Compute = resolve(batch.runtime)
+        self.inputs = Inputs.of(batch)
+        self._model: Model | None = None
+
+    def run(
+        self, stages: Sequence[StageName] = STAGES, *, force: Sequence[StageName] = ()
+    ) -> list[JobResult]:
+        """Run the given stages of every job, in order.
+
+        Args:
+            stages: which; earlier ones that are left out must be done already.
+            force: of these, begin anew even what is done or half done.
+        """
+        forced: set[Path] = set()
+        results = []
+        for job in self.batch.jobs:
+            result = JobResult(job)
+            results.append(result)
+            try:
+                self._job(result, stages, force, forced)
+            except TokenflowBatchError as error:
+                result.error = error
+            except Exception as error:  # the batch goes on, whatever it was
+                result.error = self._translate(job, error)
+            if result.error is not None:
+                log.error("%s (%s): %s", job.name, job.where, result.error)
+        return results
+
+    def _job(
+        self,
+        result: JobResult,
+        stages: Sequence[StageName],
+        force: Sequence[StageName],
+        forced: set[Path],
+    ) -> None:
+        job = result.job
+        keys = self.inputs.keys(job)
+        context = StageContext(
+            job=job,
+            keys=keys,
+            workspace=self.inputs.workspace,
+            compute=self.compute,
+            model=self._load,
+            progress=lambda what, total: self.progress(f"{job.name} {what}", total),
+            warn=log.warning,
+        )
+        for stage in force:
+            folder = context.folder(stage).folder
+            if folder not in forced:
+                shutil.rmtree(folder, ignore_errors=True)
+                forced.add(folder)
+        seen: set[tuple[str, str]] = set()
+        while True:
+            try:
+                for stage in stages:
+                    self._stage(context, stage, result)
+                break
+            except DamagedUnit as damage:
+                if (damage.stage, damage.unit) in seen or damage.stage not in stages:
+                    raise
+                seen.add((damage.stage, damage.unit))
+                log.warning("%s: %s; it is computed again", job.name, damage.message)
+                context.folder(damage.stage).forget(damage.unit)  # type: ignore[arg-type]
+        result.outputs = self._publish(context, stages)
+
+    def _stage(self, context: StageContext, stage: StageName, result: JobResult) -> None:
+        implementation, folder = IMPLEMENTATIONS[stage], context.folder(stage)
+        if folder.complete:
+            if stage not in (*result.skipped, *result.ran):
+                result.skipped.append(stage)
+            return
+        for needed in implementation.inputs:
+            if not context.folder(needed).complete:
+                raise MissingInput(
+                    f"{stage} needs {needed}, which is not done",
+                    hint=f"run `tokenflow-batch {needed}` first, or `tokenflow-batch run`",
+                )
+        described = context.keys[stage].described
+        lock = self.inputs.workspace.lock(stage, folder.key)
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with FileLock(lock, timeout=0):
+                folder.open(described, self.compute.numerics())
+                implementation.run(context, folder)
+                folder.finish({})
+        except Timeout:
+            raise LockedError(
+                f"{stage} of {context.job.name} is being worked on by another process",
+                hint="wait for it, or run again later: nothing is lost",
+            ) from None
+        if stage not in result.ran:
+            result.ran.append(stage)
+
+    def _load(self) -> Model:
+        if self._model is None:
+            self._model = load(self.inputs.model, self.compute)
+        return self._model
+
+    def _publish(self, context: StageContext, stages: Sequence[StageName]) -> list[Path]:
+        """Copy a job's results to where the user looks for them; they appear whole or not at all."""
+        job, workspace = context.job, self.inputs.workspace
+        details = workspace.details(job.clip, job.edit)
+        wanted: Mapping[StageName, Mapping[str, Path]] = {
+            "render": {VIDEO_FILE: workspace.video(job.clip, job.edit)},
+            "report": {name: details / name for name in (METRICS, SHEET, SIDE_BY_SIDE)},
+        }
+        outputs = []
+        for stage, files in wanted.items():
+            folder = context.folder(stage).folder
+            if stage in stages:
+                for name, target in files.items():
+                    _copy(folder / name, target)
+                    outputs.append(target)
+        return outputs
+
+    def _translate(self, job: Job, error: Exception) -> TokenflowBatchError:
+        """Any other exception as a message; the traceback goes to a file."""
+        if disk_full(error):
+            return DiskFullError(
+                f"no space left on the device while working on {job.name}",
+                hint="free some space and run again: what is committed stays; "
+                f"work files lie in {self.inputs.workspace.work}",
+            )
+        if isinstance(error, MemoryError | torch.cuda.OutOfMemoryError):
+            return OutOfMemoryError(
+                f"out of memory: {str(error).splitlines()[0] if str(error) else 'host'}",
+                hint="lower `unet_batch`, `vae_batch`, `segment_length` or `resolution`",
+            )
+        path = self.inputs.workspace.work / "logs" / f"{job.clip}.{job.edit}.traceback.txt"
+        text = "".join(traceback.format_exception(error))
+        try:
+            with replacing(path) as temporary:
+                temporary.write_text(text, "utf-8")
+            where = f"the traceback is in {path}"
+        except OSError:
+            where = "the traceback could not be written"
+        return TokenflowBatchError(
+            f"unexpected {type(error).__name__}: {error}", hint=f"a bug, please report it; {where}"
+        )
+
+
+def _copy(source: Path, target: Path) -> None:
+    if not target.exists() or not filecmp.cmp(source, target, shallow=False):
+        with replacing(target) as temporary:
+            shutil.copyfile(source, temporary)
+
+
+def exit_code(results: Sequence[JobResult]) -> int:
+    """0 if all is well, the failures' own code if they agree, else 1."""
+    codes = {result.error.exit_code for result in results if result.error is not None}
+    return codes.pop() if len(codes) == 1 else int(bool(codes))
+
+

@@ -1,0 +1,80 @@
+"""What every stage shares: its place in the chain, its folder, and what a run hands to it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import ClassVar
+
+from tokenflow_batch.config import Job, Settings, StageName
+from tokenflow_batch.keys import StageKey
+from tokenflow_batch.ledger import StageFolder
+from tokenflow_batch.models import Compute, Model
+from tokenflow_batch.paths import Workspace
+
+Advance = Callable[[int], None]
+"""Tells a progress bar that so many frames (times steps) are done."""
+
+Progress = Callable[[str, int], AbstractContextManager[Advance]]
+"""(what, total) → a progress bar."""
+
+
+@dataclass(frozen=True)
+class StageContext:
+    """What a stage may use.
+
+    Attributes:
+        job: names and settings.
+        keys: the keys of all stages of the job.
+        workspace: where everything lies.
+        compute: device, dtype, backends.
+        model: loads the model, once.
+        progress: makes a progress bar.
+        warn: tells the user something that doesn't stop the job.
+    """
+
+    job: Job
+    keys: Mapping[StageName, StageKey]
+    workspace: Workspace
+    compute: Compute
+    model: Callable[[], Model]
+    progress: Progress
+    warn: Callable[[str], None]
+
+    @property
+    def settings(self) -> Settings:
+        """The job's settings."""
+        return self.job.settings
+
+    def folder(self, stage: StageName) -> StageFolder:
+        """The folder of one of the job's stages."""
+        key = self.keys[stage].key
+        return StageFolder(self.workspace.stage(stage, key), stage, key)
+
+    @property
+    def float_dtype(self) -> str:
+        """How latents of this run are stored: half precision only if the model computes in it."""
+        return "float16" if str(self.compute.dtype) == "torch.float16" else "float32"
+
+
+class Stage(ABC):
+    """One of the six stages.
+
+    Attributes:
+        name: what the command line and the work folder call it.
+        inputs: the stages whose results it reads.
+    """
+
+    name: ClassVar[StageName]
+    inputs: ClassVar[tuple[StageName, ...]]
+
+    @abstractmethod
+    def run(self, context: StageContext, folder: StageFolder) -> None:
+        """Do what is not committed yet. Units that are committed are not computed again.
+
+        Raises:
+            TokenflowBatchError: anything that the user should know.
+        """
+

@@ -1,0 +1,108 @@
+"""What the encode stage found out about a clip, and its clean and inverted latents, for readers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tokenflow_batch.geometry import Fit, Geometry, plan_geometry
+from tokenflow_batch.ledger import StageFolder
+from tokenflow_batch.stages.base import StageContext
+from tokenflow_batch.store import ArrayStore
+from tokenflow_batch.tokenflow.ddim import Schedule
+from tokenflow_batch.tokenflow.keyframes import Segment, segments
+from tokenflow_batch.tokenflow.windows import Chunk, chunks
+from tokenflow_batch.video import VideoFacts
+
+PROBE = "probe"
+FACTS_FILE, PTS_FILE = "facts.json", "pts.npy"
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A probed source video and how it is cut.
+
+    Attributes:
+        facts: the stream facts, timestamps included.
+        geometry: from source to working size.
+        chunk_frames: frames per chunk.
+        segment_length: frames per keyframe.
+    """
+
+    facts: VideoFacts
+    geometry: Geometry
+    chunk_frames: int
+    segment_length: int
+
+    @property
+    def frames(self) -> int:
+        """F."""
+        return self.facts.frames
+
+    @cached_property
+    def chunks(self) -> list[Chunk]:
+        """The unit grid."""
+        return chunks(self.frames, self.chunk_frames)
+
+    @cached_property
+    def segments(self) -> list[Segment]:
+        """Keyframe segments."""
+        return segments(self.frames, self.segment_length)
+
+
+def read_clip(context: StageContext) -> Clip:
+    """Read what encode's probe committed.
+
+    Raises:
+        DamagedUnit: the facts are not what was committed.
+        VideoError: the source doesn't fit the requested resolution.
+    """
+    folder = context.folder("encode")
+    record = folder.check(PROBE)
+    raw = json.loads((folder.folder / FACTS_FILE).read_text("utf-8"))
+    facts = VideoFacts.from_json(raw, np.load(folder.folder / PTS_FILE, allow_pickle=False))
+    s = context.settings
+    geometry = plan_geometry(
+        (facts.width, facts.height), s.resolution, Fit(s.fit), int(record.facts["multiple"])
+    )
+    return Clip(facts, geometry, s.chunk_frames, s.segment_length)
+
+
+class CleanLatents:
+    """Encode's latents, (F, C, h, w)."""
+
+    def __init__(self, folder: StageFolder) -> None:
+        self._store = ArrayStore.open(folder)
+
+    @property
+    def frame_shape(self) -> tuple[int, ...]:
+        """(C, h, w)."""
+        return self._store.specs["latents"].tail
+
+    def read(self, frames: Sequence[int]) -> Tensor:
+        """(N, C, h, w) float32."""
+        return torch.from_numpy(self._store.read("latents", (), frames)).float()
+
+
+class InvertedLatents:
+    """Invert's latents at every sampling step."""
+
+    def __init__(self, folder: StageFolder, sampling: Schedule, inversion: Schedule) -> None:
+        self._store = ArrayStore.open(folder)
+        ascending = {t: i for i, t in enumerate(reversed(inversion.timesteps))}
+        self._position = [ascending[t] for t in sampling.timesteps]
+
+    def read(self, step: int, frames: Sequence[int]) -> Tensor:
+        """(N, C, h, w) float32 at sampling step `step`."""
+        data = self._store.read("latents", (self._position[step],), frames)
+        return torch.from_numpy(data).float()
+
+    def residuals(self, step: int) -> Tensor:
+        """(F,) float32: how far one more evaluation would have moved each frame; NaN if plain."""
+        return torch.from_numpy(self._store.read("residual", (self._position[step],)))

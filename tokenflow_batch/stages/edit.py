@@ -1,0 +1,241 @@
+"""edit: inverted latents and a prompt → edited latents, step by step over the whole clip."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tokenflow_batch.config import Settings
+from tokenflow_batch.ledger import StageFolder
+from tokenflow_batch.stages.base import Advance, Stage, StageContext
+from tokenflow_batch.stages.clip import Clip, InvertedLatents, read_clip
+from tokenflow_batch.stages.match import array_name, sites_by_tokens
+from tokenflow_batch.store import ArraySpec, ArrayStore, unit_name
+from tokenflow_batch.tokenflow.attention import Hooks, tokenflow_hooks
+from tokenflow_batch.tokenflow.ddim import Schedule
+from tokenflow_batch.tokenflow.denoise import (
+    MODES,
+    Denoiser,
+    EditSettings,
+    Prompts,
+    predict_window,
+)
+from tokenflow_batch.tokenflow.injection import Injection, Site
+from tokenflow_batch.tokenflow.keyframes import draw_keyframes
+from tokenflow_batch.tokenflow.samplers import SAMPLERS, Sampler, State
+from tokenflow_batch.tokenflow.windows import Chunk, Window, covering, plan_windows
+
+
+class Edit(Stage):
+    """Units: per sampling step, one per *window* (its noise predictions), then one per chunk to
+    *advance* the latents. Both are dropped once the next step's latents are all there."""
+
+    name = "edit"
+    inputs = ("encode", "invert", "match")
+
+    def run(self, context: StageContext, folder: StageFolder) -> None:
+        """See `Stage.run`."""
+        s, clip, model = context.settings, read_clip(context), context.model()
+        schedule = model.schedule(s.steps)
+        source = InvertedLatents(
+            context.folder("invert"), schedule, model.schedule(s.inversion_steps)
+        )
+        windows, sampler = plan_windows(clip.frames, s.segment_length), SAMPLERS[s.sampler]
+        width, height = clip.geometry.working
+        latent_hw = (height // model.vae_factor, width // model.vae_factor)
+        frame_shape = (model.latent_channels, *latent_hw)
+        store = ArrayStore.create(folder, _specs(clip, windows, s, sampler, frame_shape))
+        prompts = Prompts(*(model.embed(p) for p in (s.source_prompt, s.negative_prompt, s.prompt)))
+        first = _resume_at(folder, clip, s)
+        denoiser = Denoiser(model.unet, model.prediction_type)
+        with (
+            tokenflow_hooks(model.unet, context.compute.attention) as hooks,
+            context.progress("edit", (s.steps - first) * clip.frames) as advance,
+        ):
+            inputs = _Inputs(context, store, source, sampler, hooks.sites, latent_hw)
+            work = _Editing(
+                clip, store, inputs, denoiser, hooks, prompts, _edit_settings(context), schedule
+            )
+            for step in range(first, s.steps):
+                work.step(step, windows, s, sampler, advance)
+
+
+def _specs(
+    clip: Clip,
+    windows: Sequence[Window],
+    settings: Settings,
+    sampler: Sampler,
+    frame_shape: tuple[int, ...],
+) -> dict[str, ArraySpec]:
+    """Latents after each step (position 0 stays empty), sampler history, window predictions.
+
+    All float32 whatever the model computes in: they are few, and rounding would add up.
+    """
+    grid = ((settings.steps + 1,), clip.frames, clip.chunk_frames, frame_shape, "float32")
+    longest = max(map(len, windows))
+    specs = {name: ArraySpec("advance", *grid) for name in _state_names(sampler)}
+    specs["noise"] = ArraySpec(
+        "window", (settings.steps, len(windows)), longest, longest, frame_shape, "float32"
+    )
+    return specs
+
+
+def _state_names(sampler: Sampler) -> list[str]:
+    return ["latents", *(f"history_{k}" for k in range(sampler.history))]
+
+
+def _edit_settings(context: StageContext) -> EditSettings:
+    s = context.settings
+    pnp = s.technique == "pnp"
+    return EditSettings(
+        guidance_scale=s.guidance_scale,
+        injection=Injection.pnp(s.steps, s.attn_t, s.f_t) if pnp else Injection(),
+        segment_length=s.segment_length,
+        batch=s.segment_length,
+        mode=MODES[s.mode],
+        matching=context.compute.matching,
+    )
+
+
+def _resume_at(folder: StageFolder, clip: Clip, settings: Settings) -> int:
+    """The step to go on with: the last one whose input latents are all there.
+
+    If there is none although units were dropped, latents that were needed have been lost to damage:
+    then everything is begun anew.
+    """
+    for step in range(settings.steps, settings.first_step, -1):
+        units = (unit_name("advance", (step, c.index)) for c in clip.chunks)
+        if all(folder.available(unit) for unit in units):
+            return step
+    units = list(folder.units())
+    if any(not folder.available(unit) for unit in units):
+        for unit in units:
+            if unit.startswith(("advance", "window")):
+                folder.forget(unit)
+    return settings.first_step
+
+
+@dataclass
+class _Inputs:
+    """A window's inputs out of the stores, at `step`."""
+
+    context: StageContext
+    store: ArrayStore
+    source_latents: InvertedLatents
+    sampler: Sampler
+    sites: Sequence[Site]
+    latent_hw: tuple[int, int]
+    step: int = 0
+
+    def __post_init__(self) -> None:
+        stored = MODES[self.context.settings.mode].stored_source
+        self._match = ArrayStore.open(self.context.folder("match")) if stored else None
+        self._groups = sites_by_tokens(self.sites, self.latent_hw)
+
+    def latents(self, frames: Sequence[int]) -> Tensor:
+        """Edited latents before the step: the inverted ones at the first."""
+        return self.state(frames).x
+
+    def state(self, frames: Sequence[int]) -> State:
+        """Latents and sampler history before the step."""
+        if self.step == self.context.settings.first_step:
+            return State(self.source(frames))
+        x, *history = (
+            torch.from_numpy(self.store.read(name, (self.step,), frames))
+            for name in _state_names(self.sampler)
+        )
+        return State(x, tuple(history))
+
+    def source(self, frames: Sequence[int]) -> Tensor:
+        """Inverted latents at the step."""
+        return self.source_latents.read(self.step, frames)
+
+    def conv(self, frames: Sequence[int]) -> Tensor:
+        """Stored convolution features."""
+        assert self._match is not None  # noqa: S101 - only asked for with a stored source
+        return torch.from_numpy(self._match.read("conv", (self.step,), frames))
+
+    def correspondences(self, frames: Sequence[int]) -> list[Tensor]:
+        """γ per site, (N, 2, L) int64."""
+        assert self._match is not None  # noqa: S101
+        index: dict[int, Tensor] = {}
+        for tokens, group in self._groups.items():
+            data = self._match.read(array_name(tokens), (self.step,), frames)
+            for position, site in enumerate(group):
+                index[site.index] = torch.from_numpy(data[:, position].astype("int64"))
+        return [index[i] for i in range(len(index))]
+
+
+@dataclass
+class _Editing:
+    """One edit, a step at a time."""
+
+    clip: Clip
+    store: ArrayStore
+    inputs: _Inputs
+    denoiser: Denoiser
+    hooks: Hooks
+    prompts: Prompts
+    settings: EditSettings
+    schedule: Schedule
+
+    def step(
+        self, step: int, windows: Sequence[Window], s: Settings, sampler: Sampler, advance: Advance
+    ) -> None:
+        """Compute and commit a sampling step: windows, then advances; then drop what is over."""
+        folder, self.inputs.step = self.store.stage, step
+        keyframes = draw_keyframes(s.keyframe_seed, step, self.clip.segments)
+        for window in windows:
+            if not folder.committed(unit_name("window", (step, window.index, 0))):
+                self._window(step, window, keyframes)
+        for chunk in self.clip.chunks:
+            if not folder.committed(unit_name("advance", (step + 1, chunk.index))):
+                self._advance(step, chunk, windows, s.first_step, sampler)
+            advance(len(chunk))
+        for window in windows:
+            folder.drop(unit_name("window", (step, window.index, 0)))
+        for chunk in self.clip.chunks:
+            folder.drop(unit_name("advance", (step, chunk.index)))
+
+    def _window(self, step: int, window: Window, keyframes: Sequence[int]) -> None:
+        rows, began = self.denoiser.rows, time.perf_counter()
+        noise = predict_window(
+            self.denoiser,
+            self.hooks,
+            self.inputs,
+            self.prompts,
+            self.settings,
+            step=step,
+            t=self.schedule.timesteps[step],
+            alpha=self.schedule.alphas[step],
+            keyframes=[keyframes[segment.index] for segment in window.segments],
+            frames=range(window.start, window.stop),
+        )
+        facts = {"rows": self.denoiser.rows - rows, "seconds": time.perf_counter() - began}
+        self.store.write((step, window.index, 0), {"noise": noise.numpy()}, facts)
+
+    def _advance(
+        self, step: int, chunk: Chunk, windows: Sequence[Window], first: int, sampler: Sampler
+    ) -> None:
+        (window,) = covering(windows, chunk)  # one window, so nothing to blend yet
+        inside = range(chunk.start - window.start, chunk.stop - window.start)
+        noise = torch.from_numpy(self.store.read("noise", (step, window.index), inside))
+        state = self.inputs.state(chunk.frames)
+        after = sampler.step(self.schedule, step, first, state, noise)
+        values = (after.x.numpy(), *(h.numpy() for h in after.history))
+        named = dict(zip(_state_names(sampler), values, strict=True))
+        self.store.write((step + 1, chunk.index), named)
+
+
+def read_edited(context: StageContext, frames: Sequence[int]) -> Tensor:
+    """The final edited latents, (N, C, h, w) float32.
+
+    Raises:
+        DamagedUnit: they are not what was committed.
+    """
+    store = ArrayStore.open(context.folder("edit"))
+    return torch.from_numpy(store.read("latents", (context.settings.steps,), frames))

@@ -1,0 +1,95 @@
+"""encode: video file → stream facts and clean latents (the VAE posterior's mean)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from itertools import islice
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tokenflow_batch.errors import VideoError
+from tokenflow_batch.files import replacing
+from tokenflow_batch.geometry import Fit, plan_geometry
+from tokenflow_batch.ledger import StageFolder
+from tokenflow_batch.stages.base import Stage, StageContext
+from tokenflow_batch.stages.clip import FACTS_FILE, PROBE, PTS_FILE, Clip, read_clip
+from tokenflow_batch.store import ArraySpec, ArrayStore, unit_name
+from tokenflow_batch.tokenflow.windows import Chunk
+from tokenflow_batch.video import probe, read_frames
+
+
+class Encode(Stage):
+    """Units: `probe` (one decoding pass over the file), then one per chunk of frames."""
+
+    name = "encode"
+    inputs = ()
+
+    def run(self, context: StageContext, folder: StageFolder) -> None:
+        """See `Stage.run`."""
+        if not folder.available(PROBE):
+            _probe(context, folder)
+        clip = read_clip(context)
+        model = context.model()
+        width, height = clip.geometry.working
+        frame_shape = (
+            model.latent_channels,
+            height // model.vae_factor,
+            width // model.vae_factor,
+        )
+        spec = ArraySpec(
+            "encode", (), clip.frames, clip.chunk_frames, frame_shape, context.float_dtype
+        )
+        store = ArrayStore.create(folder, {"latents": spec})
+        missing = [c for c in clip.chunks if not folder.committed(unit_name("encode", (c.index,)))]
+        if not missing:
+            return
+        with context.progress("encode", sum(map(len, missing))) as advance:
+            for chunk, frames in _wanted(context, clip, missing):
+                latents = []
+                while batch := list(islice(frames, context.settings.vae_batch)):
+                    latents.append(model.encode(np.stack(batch)).numpy())
+                    advance(len(batch))
+                store.write((chunk.index,), {"latents": np.concatenate(latents)})
+
+
+def _probe(context: StageContext, folder: StageFolder) -> None:
+    job = context.job
+    with context.progress("probe", 0) as advance:
+        facts = probe(job.video, lambda _: advance(1))
+    s, multiple = job.settings, context.model().multiple
+    try:
+        geometry = plan_geometry(
+            (facts.width, facts.height), s.resolution, Fit(s.fit), multiple
+        )
+    except ValueError as error:
+        raise VideoError(f"{job.video}: {error}", hint=f"change `resolution` ({job.where})") from None
+    if facts.damaged:
+        context.warn(f"{job.video}: {facts.damaged} damaged frames or packets were left out")
+    if facts.high_dynamic_range:
+        context.warn(f"{job.video}: high dynamic range comes out as plain 8-bit BT.709")
+    if geometry.crops:
+        context.warn(f"{job.video}: {geometry.describe()}")
+    with replacing(folder.folder / FACTS_FILE) as path:
+        path.write_text(json.dumps(facts.to_json()), "utf-8")
+    with replacing(folder.folder / PTS_FILE) as path, path.open("wb") as file:
+        np.save(file, facts.pts, allow_pickle=False)
+    files = [folder.folder / FACTS_FILE, folder.folder / PTS_FILE]
+    folder.commit(PROBE, files, {"multiple": multiple})
+
+
+def _wanted(
+    context: StageContext, clip: Clip, missing: list[Chunk]
+) -> Iterator[tuple[Chunk, Iterator[NDArray[np.uint8]]]]:
+    """Each missing chunk with its frames at working size, from one reading of the file."""
+    start, stop = missing[0].start, missing[-1].stop
+    frames = read_frames(context.job.video, clip.facts, start, stop)
+    indices = {c.index for c in missing}
+    for chunk in clip.chunks[missing[0].index : missing[-1].index + 1]:
+        part = islice(frames, len(chunk))
+        if chunk.index in indices:
+            yield chunk, map(clip.geometry.apply, part)
+        else:
+            for _ in part:
+                pass

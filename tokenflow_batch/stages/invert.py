@@ -1,0 +1,147 @@
+"""invert: clean latents → inverted latents at every sampling timestep, step by step."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tokenflow_batch.errors import ModelError
+from tokenflow_batch.ledger import StageFolder
+from tokenflow_batch.stages.base import Stage, StageContext
+from tokenflow_batch.stages.clip import CleanLatents, read_clip
+from tokenflow_batch.store import ArraySpec, ArrayStore, unit_name
+from tokenflow_batch.tokenflow.ddim import (
+    Inverted,
+    Schedule,
+    implied_noise,
+    invert_fixed_point,
+    invert_plain,
+)
+from tokenflow_batch.tokenflow.denoise import Denoiser
+from tokenflow_batch.tokenflow.windows import Chunk, batches
+
+
+class Invert(Stage):
+    """Units: (inversion step, chunk), ascending noise. Steps that no sampling step needs are
+    dropped once the next one is there."""
+
+    name = "invert"
+    inputs = ("encode",)
+
+    def run(self, context: StageContext, folder: StageFolder) -> None:
+        """See `Stage.run`."""
+        s, clip, model = context.settings, read_clip(context), context.model()
+        schedule, sampling = model.schedule(s.inversion_steps), model.schedule(s.steps)
+        kept = _kept(schedule, sampling)
+        clean = CleanLatents(context.folder("encode"))
+        lead = (len(schedule),)
+        per_frame = (lead, clip.frames, clip.chunk_frames)
+        store = ArrayStore.create(
+            folder,
+            {
+                "latents": ArraySpec(
+                    "invert", *per_frame, clean.frame_shape, context.float_dtype
+                ),
+                "residual": ArraySpec("invert", *per_frame, (), "float32"),
+            },
+        )
+        denoiser = Denoiser(model.unet, model.prediction_type)
+        work = _Inversion(context, store, clean, denoiser, schedule, model.embed(s.source_prompt))
+        needed = [_needed(folder, chunk, kept) for chunk in clip.chunks]
+        total = sum(sum(steps) * len(c) for steps, c in zip(needed, clip.chunks, strict=True))
+        with context.progress("invert", total) as advance:
+            for i in range(len(schedule)):
+                for chunk, steps in zip(clip.chunks, needed, strict=True):
+                    if steps[i]:
+                        work.unit(i, chunk)
+                        advance(len(chunk))
+                if i > 0 and not kept[i - 1]:
+                    for chunk in clip.chunks:
+                        folder.drop(unit_name("invert", (i - 1, chunk.index)))
+
+
+def _kept(schedule: Schedule, sampling: Schedule) -> list[bool]:
+    """Which inversion steps, in ascending noise, are sampling timesteps."""
+    wanted = set(sampling.timesteps)
+    if not wanted <= set(schedule.timesteps):
+        raise ModelError(
+            f"{len(schedule)} inversion steps don't pass through the {len(sampling)} sampling "
+            "timesteps",
+            hint="make `inversion_steps` a multiple of `steps`",
+        )
+    return [t in wanted for t in reversed(schedule.timesteps)]
+
+
+def _needed(folder: StageFolder, chunk: Chunk, kept: Sequence[bool]) -> list[bool]:
+    """What is still to compute: kept steps that are not there, and what leads to them."""
+    needed = [False] * len(kept)
+    following = False
+    for i in reversed(range(len(kept))):
+        there = folder.available(unit_name("invert", (i, chunk.index)))
+        needed[i] = following = not there and (kept[i] or following)
+    return needed
+
+
+class _Inversion:
+    """One clip's inversion, a unit at a time."""
+
+    def __init__(
+        self,
+        context: StageContext,
+        store: ArrayStore,
+        clean: CleanLatents,
+        denoiser: Denoiser,
+        schedule: Schedule,
+        source_embed: Tensor,
+    ) -> None:
+        self.settings, self.store, self.clean = context.settings, store, clean
+        self.denoiser, self.embed = denoiser, source_embed.unsqueeze(0)
+        self.timesteps = schedule.timesteps[::-1]
+        self.alphas = schedule.alphas[::-1]
+        self.final_alpha = schedule.final_alpha
+
+    def unit(self, i: int, chunk: Chunk) -> None:
+        """Compute and commit inversion step `i` of `chunk`."""
+        rows, began = self.denoiser.rows, time.perf_counter()
+        done = [self._batch(i, b) for b in batches(chunk.frames, self.settings.unet_batch)]
+        values = {
+            "latents": torch.cat([d.x for d in done]).cpu().numpy(),
+            "residual": torch.cat([d.residual for d in done]).cpu().numpy().astype(np.float32),
+        }
+        facts = {
+            "rows": self.denoiser.rows - rows,
+            "seconds": time.perf_counter() - began,
+        }
+        self.store.write((i, chunk.index), values, facts)
+
+    def _batch(self, i: int, frames: Sequence[int]) -> Inverted:
+        t, alpha_t, alpha = self.timesteps[i], self.alphas[i], self._alpha(i - 1)
+        x = self._latents(i - 1, frames)
+
+        def noise(x_NChw: Tensor, at: int) -> Tensor:
+            raw = self.settings.mode == "official"
+            return self.denoiser.noise(x_NChw, at, alpha_t, self.embed, raw=raw)
+
+        if self.settings.inversion_iterations == 0:
+            return invert_plain(noise, x, t, alpha, alpha_t)
+        warm = None
+        if i > 0:  # the noise that the previous step went along: state that needs no storing
+            warm = implied_noise(self._latents(i - 2, frames), x, self._alpha(i - 2), alpha)
+        return invert_fixed_point(
+            noise, x, t, alpha, alpha_t, extra=self.settings.inversion_iterations, warm_noise_FChw=warm
+        )
+
+    def _alpha(self, i: int) -> float:
+        return self.final_alpha if i < 0 else self.alphas[i]
+
+    def _latents(self, i: int, frames: Sequence[int]) -> Tensor:
+        """Latents after inversion step `i`; the clean ones before the first."""
+        if i < 0:
+            x = self.clean.read(frames)
+        else:
+            x = torch.from_numpy(self.store.read("latents", (i,), frames)).float()
+        return x.to(self.denoiser.device)

@@ -1,0 +1,207 @@
+"""match: inverted latents → correspondences, and convolution features for Plug-and-Play."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tokenflow_batch.ledger import StageFolder
+from tokenflow_batch.stages.base import Stage, StageContext
+from tokenflow_batch.stages.clip import Clip, InvertedLatents, read_clip
+from tokenflow_batch.store import Array, ArraySpec, ArrayStore, unit_name
+from tokenflow_batch.tokenflow.attention import Hooks, tokenflow_hooks
+from tokenflow_batch.tokenflow.correspondence import Backend, index_dtype, match_frames
+from tokenflow_batch.tokenflow.ddim import Schedule
+from tokenflow_batch.tokenflow.denoise import MODES, Denoiser
+from tokenflow_batch.tokenflow.injection import Site, attention_sites, conv_shape
+from tokenflow_batch.tokenflow.keyframes import Neighbours, draw_keyframes, true_neighbours
+from tokenflow_batch.tokenflow.passes import SourcePass
+from tokenflow_batch.tokenflow.windows import Chunk, batches
+
+
+class Match(Stage):
+    """Units: (sampling step, chunk). In official mode, which finds correspondences on the way,
+    there are none."""
+
+    name = "match"
+    inputs = ("encode", "invert")
+
+    def run(self, context: StageContext, folder: StageFolder) -> None:
+        """See `Stage.run`."""
+        s = context.settings
+        if not MODES[s.mode].stored_source:
+            return
+        clip, model = read_clip(context), context.model()
+        sampling = model.schedule(s.steps)
+        source = InvertedLatents(
+            context.folder("invert"), sampling, model.schedule(s.inversion_steps)
+        )
+        width, height = clip.geometry.working
+        latent_hw = (height // model.vae_factor, width // model.vae_factor)
+        sites = attention_sites(model.unet)
+        conv = conv_shape(model.unet, latent_hw)
+        specs = _specs(context, clip, sites, latent_hw, conv)
+        store = ArrayStore.create(folder, specs)
+        units = [
+            (step, chunk)
+            for step in range(s.steps)
+            for chunk in clip.chunks
+            if not folder.committed(unit_name("match", (step, chunk.index)))
+        ]
+        denoiser = Denoiser(model.unet, model.prediction_type)
+        embed = model.embed(s.source_prompt)
+        with (
+            tokenflow_hooks(model.unet, context.compute.attention) as hooks,
+            context.progress("match", sum(len(c) for _, c in units)) as advance,
+        ):
+            work = _Matching(context, clip, source, sampling, denoiser, hooks, embed, latent_hw)
+            for step, chunk in units:
+                rows, began = denoiser.rows, time.perf_counter()
+                values = work.unit(step, chunk)
+                if step >= context.job.stored_conv_steps:
+                    values.pop("conv", None)
+                facts = {"rows": denoiser.rows - rows, "seconds": time.perf_counter() - began}
+                store.write((step, chunk.index), values, facts)
+                advance(len(chunk))
+
+
+def array_name(tokens: int) -> str:
+    """The array that holds the correspondences of all sites with so many tokens."""
+    return f"index_{tokens}"
+
+
+def sites_by_tokens(sites: Sequence[Site], latent_hw: tuple[int, int]) -> dict[int, list[Site]]:
+    """Sites grouped by token count: one array each."""
+    groups: dict[int, list[Site]] = {}
+    for site in sites:
+        groups.setdefault(site.tokens(latent_hw), []).append(site)
+    return groups
+
+
+def _specs(
+    context: StageContext,
+    clip: Clip,
+    sites: Sequence[Site],
+    latent_hw: tuple[int, int],
+    conv: tuple[int, int, int],
+) -> dict[str, ArraySpec]:
+    per_frame = (clip.frames, clip.chunk_frames)
+    steps = (context.settings.steps,)
+    specs = {
+        array_name(tokens): ArraySpec(
+            "match",
+            steps,
+            *per_frame,
+            (len(group), 2, tokens),
+            index_dtype(tokens),
+            compress=True,
+        )
+        for tokens, group in sites_by_tokens(sites, latent_hw).items()
+    }
+    if context.job.stored_conv_steps:
+        lead = (context.job.stored_conv_steps,)
+        specs["conv"] = ArraySpec("match", lead, *per_frame, conv, "float16")
+    return specs
+
+
+class _Matching:
+    """One clip's source passes, a unit at a time."""
+
+    def __init__(
+        self,
+        context: StageContext,
+        clip: Clip,
+        source: InvertedLatents,
+        sampling: Schedule,
+        denoiser: Denoiser,
+        hooks: Hooks,
+        embed: Tensor,
+        latent_hw: tuple[int, int],
+    ) -> None:
+        self.settings, self.matching = context.settings, context.compute.matching
+        self.clip, self.source, self.sampling = clip, source, sampling
+        self.denoiser, self.hooks, self.embed = denoiser, hooks, embed.unsqueeze(0)
+        self.groups = sites_by_tokens(hooks.sites, latent_hw)
+
+    def unit(self, step: int, chunk: Chunk) -> dict[str, Array]:
+        """Correspondences and convolution features of a chunk's frames at one step.
+
+        The keyframes that the chunk's frames look at go first, those just outside included; then
+        the other frames, a batch at a time, so that tokens are held for keyframes alone.
+        """
+        drawn = draw_keyframes(self.settings.keyframe_seed, step, self.clip.segments)
+        near = {f: true_neighbours(f, drawn, self.clip.segment_length) for f in chunk.frames}
+        used = sorted({k for n in near.values() for k in (n.first, n.second)})
+        near = {f: _relative(n, used) for f, n in near.items()}
+        keyframes = [drawn[k] for k in used]
+        filling = _Filling(chunk, near, self.groups, self.matching)
+        parts = [self._source(step, b) for b in batches(keyframes, self.settings.unet_batch)]
+        filling.keyframe_tokens = [torch.cat(t) for t in zip(*(p.tokens for p in parts), strict=True)]
+        inside = [n for n, f in enumerate(keyframes) if f in chunk.frames]
+        conv = torch.cat([_conv(p) for p in parts])[inside]
+        filling.add(
+            [keyframes[n] for n in inside], [t[inside] for t in filling.keyframe_tokens], conv
+        )
+        others = [f for f in chunk.frames if f not in set(keyframes)]
+        for batch in batches(others, self.settings.unet_batch):
+            seen = self._source(step, batch)
+            filling.add(batch, seen.tokens, _conv(seen))
+        return filling.values
+
+    def _source(self, step: int, frames: Sequence[int]) -> SourcePass:
+        t, alpha = self.sampling.timesteps[step], self.sampling.alphas[step]
+        with self.hooks.during(SourcePass()) as seen:
+            self.denoiser.noise(self.source.read(step, frames), t, alpha, self.embed)
+        return seen
+
+
+class _Filling:
+    """The arrays of one unit, filled batch by batch."""
+
+    def __init__(
+        self,
+        chunk: Chunk,
+        near: dict[int, Neighbours],
+        groups: dict[int, list[Site]],
+        matching: Backend,
+    ) -> None:
+        self.chunk, self.near, self.groups, self.matching = chunk, near, groups, matching
+        self.keyframe_tokens: list[Tensor] = []
+        self.values: dict[str, Array] = {
+            array_name(tokens): np.empty(
+                (len(chunk), len(group), 2, tokens), index_dtype(tokens)
+            )
+            for tokens, group in groups.items()
+        }
+
+    def add(self, frames: Sequence[int], tokens: Sequence[Tensor], conv_NChw: Tensor) -> None:
+        """Match some frames at every site and put the result in its place."""
+        if not frames:
+            return
+        rows = [f - self.chunk.start for f in frames]
+        near = [self.near[f] for f in frames]
+        for count, group in self.groups.items():
+            for position, site in enumerate(group):
+                index_N2L = match_frames(
+                    tokens[site.index], self.keyframe_tokens[site.index], near, self.matching
+                )
+                self.values[array_name(count)][rows, position] = index_N2L.cpu().numpy()
+        conv = conv_NChw.half().cpu().numpy()
+        if "conv" not in self.values:
+            self.values["conv"] = np.empty((len(self.chunk), *conv.shape[1:]), np.float16)
+        self.values["conv"][rows] = conv
+
+
+def _conv(seen: SourcePass) -> Tensor:
+    assert seen.conv is not None  # noqa: S101 - the hook has run
+    return seen.conv
+
+
+def _relative(near: Neighbours, used: Sequence[int]) -> Neighbours:
+    """The same neighbours, by position among the keyframes in use."""
+    return replace(near, first=used.index(near.first), second=used.index(near.second))

@@ -1,0 +1,120 @@
+"""render: edited latents → video file with the source's timestamps and audio."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tokenflow_batch.files import replacing
+from tokenflow_batch.ledger import StageFolder
+from tokenflow_batch.models import Model
+from tokenflow_batch.stages.base import Advance, Stage, StageContext
+from tokenflow_batch.stages.clip import Clip, read_clip
+from tokenflow_batch.stages.edit import read_edited
+from tokenflow_batch.store import unit_name
+from tokenflow_batch.tokenflow.windows import Chunk, batches
+from tokenflow_batch.video import Encoding, join, read_frames, write_segment
+
+VIDEO, VIDEO_FILE = "video", "video.mp4"
+Frame = NDArray[np.uint8]
+
+
+class Render(Stage):
+    """Units: one per chunk (an encoded segment), then `video`: the segments joined, with audio."""
+
+    name = "render"
+    inputs = ("encode", "edit")
+
+    def run(self, context: StageContext, folder: StageFolder) -> None:
+        """See `Stage.run`."""
+        if folder.available(VIDEO):
+            return
+        clip = read_clip(context)
+        units = [unit_name("segment", (chunk.index,)) for chunk in clip.chunks]
+        for unit in units:
+            if folder.committed(unit) and not folder.available(unit):
+                folder.forget(unit)  # dropped after a join whose result has been lost since
+        missing = [c for c, u in zip(clip.chunks, units, strict=True) if not folder.committed(u)]
+        if missing:
+            _render_segments(context, folder, clip, missing)
+        for unit in units:
+            folder.check(unit)
+        segments = [_segment_path(folder, chunk) for chunk in clip.chunks]
+        source = context.job.video if context.settings.audio else None
+        output = folder.folder / VIDEO_FILE
+        for warning in join(segments, clip.facts, source, output):
+            context.warn(f"{context.job.video}: {warning}")
+        folder.commit(VIDEO, [output], {"frames": clip.frames})
+        for unit in units:
+            folder.drop(unit)
+
+
+def _segment_path(folder: StageFolder, chunk: Chunk) -> Path:
+    return folder.folder / "segments" / f"{chunk.index:05d}.mp4"
+
+
+def _render_segments(
+    context: StageContext, folder: StageFolder, clip: Clip, missing: list[Chunk]
+) -> None:
+    undo = _undo(context, clip, missing[0].start)
+    model = context.model()
+    with context.progress("render", sum(map(len, missing))) as advance:
+        done = missing[0].start
+        for chunk in missing:
+            undo.skip(chunk.start - done)
+            path = _segment_path(folder, chunk)
+            with replacing(path) as partial:
+                write_segment(
+                    partial,
+                    map(undo, _decoded(context, model, chunk, advance)),
+                    clip.facts.pts[chunk.start : chunk.stop],
+                    time_base=clip.facts.time_base,
+                    rate=clip.facts.rate,
+                    encoding=Encoding(crf=context.settings.crf),
+                    sample_aspect_ratio=undo.sample_aspect_ratio,
+                )
+            folder.commit(unit_name("segment", (chunk.index,)), [path])
+            done = chunk.stop
+
+
+def _decoded(
+    context: StageContext, model: Model, chunk: Chunk, advance: Advance
+) -> Iterator[Frame]:
+    """A chunk's edited frames at working size."""
+    for frames in batches(chunk.frames, context.settings.vae_batch):
+        yield from model.decode(read_edited(context, frames))
+        advance(len(frames))
+
+
+class _Undo:
+    """From working size to output size."""
+
+    def __init__(self, clip: Clip, source: Iterator[Frame] | None, *, restore: bool) -> None:
+        self._geometry, self._source, self._restore = clip.geometry, source, restore
+        sar = clip.facts.sample_aspect_ratio
+        self.sample_aspect_ratio = sar if restore else clip.geometry.working_aspect(sar)
+
+    def __call__(self, frame: Frame) -> Frame:
+        if not self._restore:
+            return frame
+        return self._geometry.undo(frame, next(self._source) if self._source else None)
+
+    def skip(self, frames: int) -> None:
+        """Leave source frames out that belong to segments already there."""
+        if self._source is not None:
+            for _ in islice(self._source, frames):
+                pass
+
+
+def _undo(context: StageContext, clip: Clip, start: int) -> _Undo:
+    restore = context.settings.restore_size
+    source = None
+    if restore and clip.geometry.crops:  # what was cropped away comes from the source
+        source = read_frames(context.job.video, clip.facts, start)
+    return _Undo(clip, source, restore=restore)
+
+

@@ -1,0 +1,144 @@
+"""report: what came out, measured (metrics.json) and to look at (contact sheet, side by side)."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tokenflow_batch.config import STAGES
+from tokenflow_batch.files import replacing
+from tokenflow_batch.ledger import StageFolder
+from tokenflow_batch.metrics import Consistency, Running
+from tokenflow_batch.sheet import contact_sheet, sample_times
+from tokenflow_batch.stages.base import Stage, StageContext
+from tokenflow_batch.stages.clip import Clip, read_clip
+from tokenflow_batch.stages.render import VIDEO, VIDEO_FILE
+from tokenflow_batch.store import ArrayStore
+from tokenflow_batch.video import Encoding, join, probe, read_frames, write_segment
+
+REPORT = "report"
+METRICS, SHEET, SIDE_BY_SIDE = "metrics.json", "contact_sheet.png", "side_by_side.mp4"
+Frame = NDArray[np.uint8]
+
+
+class Report(Stage):
+    """One unit: three files."""
+
+    name = "report"
+    inputs = ("encode", "invert", "edit", "render")
+
+    def run(self, context: StageContext, folder: StageFolder) -> None:
+        """See `Stage.run`."""
+        if folder.available(REPORT):
+            return
+        clip = read_clip(context)
+        rendered = context.folder("render")
+        rendered.check(VIDEO)
+        edited = rendered.folder / VIDEO_FILE
+        with context.progress("report", 2 * clip.frames) as advance:
+
+            def counted() -> Iterator[tuple[Frame, Frame]]:
+                for pair in _pairs(context, clip, edited):
+                    yield pair
+                    advance(1)
+
+            consistency = Consistency.of(counted())
+            shown = _side_by_side(context, clip, counted(), folder)
+        with replacing(folder.folder / SHEET) as path:
+            times = [float((clip.facts.pts[i] - clip.facts.pts[0]) * clip.facts.time_base) for i in shown]
+            contact_sheet(
+                path,
+                f"{context.settings.source_prompt!r} → {context.settings.prompt!r}",
+                [f"{t:.2f} s" for t in times],
+                {"source": [s for s, _ in shown.values()], "edit": [e for _, e in shown.values()]},
+            )
+        metrics = _metrics(context, clip, consistency)
+        with replacing(folder.folder / METRICS) as path:
+            path.write_text(json.dumps(metrics, indent=1) + "\n", "utf-8")
+        folder.commit(REPORT, [folder.folder / name for name in (METRICS, SHEET, SIDE_BY_SIDE)])
+
+
+def _pairs(context: StageContext, clip: Clip, edited: Path) -> Iterator[tuple[Frame, Frame]]:
+    """Source and edited frames at the output's size."""
+    shape = clip.geometry.source if context.settings.restore_size else clip.geometry.working
+    width, height = shape
+    source = read_frames(context.job.video, clip.facts)
+    result = read_frames(edited, probe(edited))
+    for before, after in zip(source, result, strict=True):
+        shown = before if context.settings.restore_size else clip.geometry.apply(before)
+        yield shown, after[:height, :width]  # the coded picture may have one row or column more
+
+
+def _side_by_side(
+    context: StageContext, clip: Clip, pairs: Iterator[tuple[Frame, Frame]], folder: StageFolder
+) -> dict[int, tuple[Frame, Frame]]:
+    """Write source | edit as a video; keep the pairs for the contact sheet on the way."""
+    kept: dict[int, tuple[Frame, Frame]] = {}
+    wanted = set(sample_times(clip.frames))
+
+    def joined() -> Iterator[Frame]:
+        for i, pair in enumerate(pairs):
+            if i in wanted:
+                kept[i] = pair
+            yield np.concatenate(pair, axis=1)
+
+    facts = clip.facts
+    aspect = facts.sample_aspect_ratio
+    if not context.settings.restore_size:
+        aspect = clip.geometry.working_aspect(aspect)
+    with tempfile.TemporaryDirectory(dir=folder.folder) as scratch:
+        segment = Path(scratch) / "segment.mp4"
+        write_segment(
+            segment,
+            joined(),
+            facts.pts,
+            time_base=facts.time_base,
+            rate=facts.rate,
+            encoding=Encoding(crf=context.settings.crf),
+            sample_aspect_ratio=aspect,
+        )
+        source = context.job.video if context.settings.audio else None
+        join([segment], facts, source, folder.folder / SIDE_BY_SIDE)
+    return kept
+
+
+def _metrics(context: StageContext, clip: Clip, consistency: Consistency) -> dict[str, Any]:
+    s, facts = context.settings, clip.facts
+    totals = {stage: context.folder(stage).totals() for stage in STAGES[:-1]}
+    rows = {stage: int(t["rows"]) for stage, t in totals.items() if "rows" in t}
+    return {
+        "frames": clip.frames,
+        "fps": float(facts.rate),
+        "duration_seconds": float(facts.duration),
+        "working_size": list(clip.geometry.working),
+        "source_size": list(clip.geometry.source),
+        "settings": s.model_dump(mode="json"),
+        "warp_error": {
+            "edited": consistency.edited.mean,
+            "source": consistency.source.mean,
+            "unit": "mean squared RGB difference in [0, 1] of neighbouring frames aligned by the "
+            "source's DIS optical flow, occlusions left out",
+        },
+        "inversion_residual": _residual(context),
+        "unet_rows": {**rows, "total": sum(rows.values())},
+        "unet_rows_per_frame": {stage: n / clip.frames for stage, n in rows.items()},
+        "unet_seconds": {k: round(t["seconds"], 3) for k, t in totals.items() if "seconds" in t},
+        "numerics": json.loads((context.folder("edit").folder / "numerics.json").read_text("utf-8")),
+    }
+
+
+def _residual(context: StageContext) -> dict[str, float | None]:
+    """How exactly the inversion solved the sampler's equation, over frames and steps."""
+    found = Running()
+    if context.settings.inversion_iterations > 0:
+        store = ArrayStore.open(context.folder("invert"))
+        for step in range(context.settings.inversion_steps):
+            for value in store.read("residual", (step,)).tolist():
+                found.add(value)
+    return {"mean": found.mean, "largest": found.largest if found.count else None}

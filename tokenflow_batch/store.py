@@ -1,0 +1,181 @@
+"""A stage's arrays: a zarr v3 group whose shards are units of work.
+
+Every array is cut along its leading axes into blocks; a block is one shard, one file, written once
+by one writer and committed as (part of) one unit. Inside a shard, inner chunks of a few frames
+carry a CRC-32C each. Reads go through the ledger: the unit is compared with its record first.
+
+`block` below is a tuple of leading shard coordinates, such as (step, chunk).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+from zarr.codecs import Crc32cCodec, ZstdCodec
+
+from tokenflow_batch.ledger import StageFolder
+
+LAYOUT = "layout"
+Block = tuple[int, ...]
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class ArraySpec:
+    """One array.
+
+    Attributes:
+        unit: the kind of unit that writes it; arrays of one kind are committed together.
+        lead: sizes of the leading axes that are not frames, one block each (steps, windows).
+        frames: size of the frame axis.
+        block_frames: frames per block.
+        tail: shape of one frame's data.
+        dtype: numpy dtype name.
+        compress: try zstd (indices compress, latents don't).
+    """
+
+    unit: str
+    lead: tuple[int, ...]
+    frames: int
+    block_frames: int
+    tail: tuple[int, ...]
+    dtype: str
+    compress: bool = False
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> ArraySpec:
+        """From `dataclasses.asdict` by way of JSON, where tuples became lists."""
+        return cls(**{**raw, "lead": tuple(raw["lead"]), "tail": tuple(raw["tail"])})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The whole array."""
+        return (*self.lead, self.frames, *self.tail)
+
+    @property
+    def shard(self) -> tuple[int, ...]:
+        """One block."""
+        return (*(1 for _ in self.lead), self.block_frames, *self.tail)
+
+    @property
+    def inner(self) -> tuple[int, ...]:
+        """What is read at once: single frames, so that keyframes can be picked."""
+        return (*(1 for _ in self.lead), 1, *self.tail)
+
+
+def _lay_out(stage: StageFolder, specs: Mapping[str, ArraySpec]) -> None:
+    root = stage.folder / "data.zarr"
+    for stale in root.rglob("zarr.json"):
+        stale.unlink()  # left by a killed process, or damaged; the shards keep their worth
+    group = zarr.create_group(root, zarr_format=3)
+    for name, spec in specs.items():
+        codec = ZstdCodec(level=1, checksum=True) if spec.compress else Crc32cCodec()
+        group.create_array(
+            name,
+            shape=spec.shape,
+            shards=spec.shard,
+            chunks=spec.inner,
+            dtype=spec.dtype,
+            compressors=[codec],
+            filters=None,
+            fill_value=0,
+        )
+    facts = {"arrays": {name: asdict(spec) for name, spec in specs.items()}}
+    stage.commit(LAYOUT, root.rglob("zarr.json"), facts)
+
+
+def unit_name(kind: str, block: Block) -> str:
+    """The ledger's name of a unit."""
+    return "-".join([kind, *(f"{i:05d}" for i in block)])
+
+
+class ArrayStore:
+    """The arrays of one stage folder. Make one by `create` (the stage itself) or `open` (readers)."""
+
+    def __init__(self, stage: StageFolder, specs: Mapping[str, ArraySpec]) -> None:
+        self.stage, self.specs = stage, dict(specs)
+        self._root = stage.folder / "data.zarr"
+        stage.check(LAYOUT)
+        # A runtime setting of zarr, taken when an array is opened; without it a block of zeros
+        # would never become a file.
+        with zarr.config.set({"array.write_empty_chunks": True}):
+            self._arrays = {
+                name: zarr.open_array(self._root / name, mode="r+", zarr_format=3)
+                for name in self.specs
+            }
+
+    @classmethod
+    def create(cls, stage: StageFolder, specs: Mapping[str, ArraySpec]) -> ArrayStore:
+        """Open the arrays for writing, laying them out first if that has not been committed."""
+        if not stage.available(LAYOUT):
+            _lay_out(stage, specs)
+        return cls(stage, specs)
+
+    @classmethod
+    def open(cls, stage: StageFolder) -> ArrayStore:
+        """Open the arrays as they were laid out.
+
+        Raises:
+            DamagedUnit: the layout is not what was committed.
+        """
+        record = stage.check(LAYOUT)
+        return cls(stage, {n: ArraySpec.from_json(v) for n, v in record.facts["arrays"].items()})
+
+    def write(
+        self, block: Block, values: Mapping[str, Array], facts: Mapping[str, Any] | None = None
+    ) -> None:
+        """Write one unit: its block in each of the given arrays, then the commit record.
+
+        Args:
+            block: shard coordinates, the same in every array.
+            values: array name → data of the block's frames, (frames, *tail).
+            facts: for the record.
+        """
+        kinds = {self.specs[name].unit for name in values}
+        if len(kinds) != 1:
+            raise ValueError(f"arrays of one unit belong together, got {sorted(values)}")
+        files = []
+        for name, data in values.items():
+            file = self._file(name, block)
+            file.unlink(missing_ok=True)  # zarr would merge what a killed process left
+            where, dtype = self._where(name, block), self.specs[name].dtype
+            self._arrays[name][where] = data.astype(dtype, copy=False)
+            files.append(file)
+        self.stage.commit(unit_name(kinds.pop(), block), files, facts)
+
+    def read(self, name: str, block: Block, frames: Sequence[int] | range | None = None) -> Array:
+        """Read frames of one leading position, checking the units they lie in.
+
+        Args:
+            name: the array.
+            block: leading coordinates without the frame axis, such as (step,).
+            frames: absolute frame indices in any order; None for all.
+
+        Returns:
+            (len(frames), *tail).
+
+        Raises:
+            DamagedUnit: a unit is not what was committed.
+        """
+        spec = self.specs[name]
+        wanted = np.arange(spec.frames) if frames is None else np.asarray(frames, dtype=np.int64)
+        for index in sorted({int(f) // spec.block_frames for f in wanted}):
+            self.stage.check(unit_name(spec.unit, (*block, index)))
+        picked = self._arrays[name].oindex[(*block, wanted)]
+        return np.asarray(picked).reshape(len(wanted), *spec.tail)
+
+    def _where(self, name: str, block: Block) -> tuple[int | slice, ...]:
+        spec = self.specs[name]
+        start = block[-1] * spec.block_frames
+        return (*block[:-1], slice(start, min(start + spec.block_frames, spec.frames)))
+
+    def _file(self, name: str, block: Block) -> Path:
+        array = self._arrays[name]
+        full = (*block, *(0 for _ in self.specs[name].tail))
+        return self._root / name / array.metadata.encode_chunk_key(full)

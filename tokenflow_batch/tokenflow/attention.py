@@ -1,0 +1,159 @@
+"""The two seams through which the method enters a diffusers UNet.
+
+An attention processor on every `attn1` (its input *is* the token φ, its output is what propagation
+replaces) and a forward hook on one convolution. Both only ask the active *pass* what to do. Passes
+live in `passes`; without one the UNet computes exactly what it did before.
+
+Shape suffixes: N batch rows, L tokens, M keys, H heads, D channels per head, C channels.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, Protocol, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from tokenflow_batch.tokenflow.injection import CONV_SITE, Site, attention_sites
+
+P = TypeVar("P", bound="Pass")
+AttentionBackend = Literal["sdpa", "xformers", "eager"]
+
+
+def choose_attention(wanted: str, device_type: str) -> AttentionBackend:
+    """Resolve `auto`: xformers where it is installed and has a kernel (CUDA), else SDPA.
+
+    Raises:
+        ValueError: `xformers` was asked for where it has no kernel.
+    """
+    usable = device_type == "cuda" and importlib.util.find_spec("xformers") is not None
+    if wanted == "auto":
+        return "xformers" if usable else "sdpa"
+    if wanted == "xformers" and not usable:
+        raise ValueError(f"xformers has no attention kernel for {device_type} here")
+    return cast(AttentionBackend, wanted)
+
+
+def attend(
+    q_NHLD: Tensor, k_NHMD: Tensor, v_NHMD: Tensor, scale: float, backend: AttentionBackend
+) -> Tensor:
+    """Softmax attention, (N, H, L, D).
+
+    `sdpa` and `xformers` never hold the L × M matrix. `eager` does: it is the published code's
+    arithmetic, whose rounding decides near-ties between tokens, for comparison with its vectors.
+    """
+    if backend == "eager":
+        weights = torch.softmax(q_NHLD @ k_NHMD.transpose(-1, -2) * scale, dim=-1)
+        return weights @ v_NHMD
+    if backend == "xformers":
+        from xformers.ops import memory_efficient_attention
+
+        rows = [x.transpose(1, 2).contiguous() for x in (q_NHLD, k_NHMD, v_NHMD)]
+        return cast(Tensor, memory_efficient_attention(*rows, scale=scale)).transpose(1, 2)
+    return torch.nn.functional.scaled_dot_product_attention(q_NHLD, k_NHMD, v_NHMD, scale=scale)
+
+
+def split_heads(x_NLC: Tensor, heads: int) -> Tensor:
+    """(N, L, H·D) → (N, H, L, D)."""
+    return x_NLC.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def merge_heads(x_NHLD: Tensor) -> Tensor:
+    """(N, H, L, D) → (N, L, H·D)."""
+    return x_NHLD.transpose(1, 2).flatten(-2)
+
+
+class Pass(Protocol):
+    """What one forward pass of the UNet does at the seams."""
+
+    def self_attention(
+        self, site: Site, attn: Any, tokens_NLC: Tensor, plain: Callable[[], Tensor]
+    ) -> Tensor:
+        """The output of `attn1` at `site` (after `to_out`), (N, L, C).
+
+        Args:
+            site: which self-attention.
+            attn: the diffusers `Attention` module, for its projections.
+            tokens_NLC: its input φ.
+            plain: computes what the unmodified module would.
+        """
+
+    def conv_features(self, features_NChw: Tensor) -> Tensor:
+        """What the convolution at `CONV_SITE` shall return instead of its output."""
+
+
+class Hooks:
+    """The explicit state between the method and the UNet: which pass is on, if any."""
+
+    def __init__(self, sites: tuple[Site, ...], attention: AttentionBackend) -> None:
+        self.sites = sites
+        self.attention = attention
+        self._active: Pass | None = None
+
+    @property
+    def active(self) -> Pass | None:
+        """The pass that the next UNet evaluation performs."""
+        return self._active
+
+    @contextmanager
+    def during(self, new: P) -> Iterator[P]:
+        """Make `new` the active pass within the block."""
+        if self._active is not None:
+            raise RuntimeError("another pass is active")
+        self._active = new
+        try:
+            yield new
+        finally:
+            self._active = None
+
+
+class _Processor:
+    """The processor at one site: asks the active pass, else does what was there before."""
+
+    def __init__(self, site: Site, hooks: Hooks, original: Callable[..., Tensor]) -> None:
+        self.site, self.hooks, self.original = site, hooks, original
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+    ) -> Tensor:
+        def plain() -> Tensor:
+            return self.original(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+
+        active = self.hooks.active
+        if active is None:
+            return plain()
+        return active.self_attention(self.site, attn, hidden_states, plain)
+
+
+@contextmanager
+def tokenflow_hooks(unet: nn.Module, attention: AttentionBackend = "sdpa") -> Iterator[Hooks]:
+    """Install the seams on `unet`; on leaving it is bit for bit what it was.
+
+    Raises:
+        ValueError: the UNet has no self-attention sites or no PnP convolution.
+    """
+    hooks = Hooks(attention_sites(unet), attention)
+    modules = [unet.get_submodule(site.name) for site in hooks.sites]
+    originals: list[Any] = [m.processor for m in modules]
+    conv = unet.get_submodule(CONV_SITE)
+
+    def on_conv(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:  # noqa: ARG001
+        return None if hooks.active is None else hooks.active.conv_features(output)
+
+    handle = conv.register_forward_hook(on_conv)
+    try:
+        for site, module, original in zip(hooks.sites, modules, originals, strict=True):
+            module.processor = _Processor(site, hooks, original)  # type: ignore[assignment]
+        yield hooks
+    finally:
+        handle.remove()
+        for module, original in zip(modules, originals, strict=True):
+            module.processor = original

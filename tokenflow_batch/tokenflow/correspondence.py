@@ -1,0 +1,155 @@
+"""Inter-frame correspondences: for each token the most similar token of another frame.
+
+Shapes: N query tokens, M candidate tokens, C channels. Similarity is the cosine, so the search is
+an exact inner product on normalised float32 tokens. FAISS and its torch twin return the same
+indices save exact ties.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from functools import cache
+from typing import Literal, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tokenflow_batch.tokenflow.keyframes import Neighbours
+
+Backend = Literal["faiss", "torch"]
+
+_TILE = 1 << 22
+"""Similarities held at once by the torch twin (16 MB in float32)."""
+
+
+@cache
+def faiss_available(device_type: str) -> bool:
+    """Whether FAISS is installed with support for this kind of device."""
+    if importlib.util.find_spec("faiss") is None:
+        return False
+    if device_type == "cpu":
+        return True
+    import faiss
+
+    return hasattr(faiss, "StandardGpuResources")
+
+
+def choose_backend(wanted: str, device_type: str) -> Backend:
+    """Resolve `auto`: FAISS on a GPU that it supports, the torch twin elsewhere.
+
+    On CPU the twin's matrix product is the faster one (benchmarks/kernels.py).
+
+    Raises:
+        ValueError: `faiss` was asked for and isn't there for this device.
+    """
+    if wanted == "auto":
+        gpu = device_type == "cuda" and faiss_available(device_type)
+        return "faiss" if gpu else "torch"
+    if wanted == "faiss" and not faiss_available(device_type):
+        raise ValueError(f"FAISS has no support for {device_type} in this installation")
+    return cast(Backend, wanted)
+
+
+def normalise(tokens_NC: Tensor) -> Tensor:
+    """Unit-length tokens in float32 (half precision would overflow in the sum of squares)."""
+    return torch.nn.functional.normalize(tokens_NC.float(), dim=-1)
+
+
+def nearest(query_NC: Tensor, candidates_MC: Tensor, backend: Backend) -> Tensor:
+    """γ[n] = argmax_m cos(query_n, candidate_m); both already normalised.
+
+    Args:
+        query_NC: float32 unit tokens.
+        candidates_MC: float32 unit tokens.
+        backend: `faiss` or `torch`.
+
+    Returns:
+        (N,) int64 indices into the candidates, on the queries' device.
+    """
+    if backend == "faiss":
+        return _nearest_faiss(query_NC, candidates_MC)
+    rows = max(1, _TILE // len(candidates_MC))
+    return torch.cat([(q @ candidates_MC.T).argmax(dim=1) for q in query_NC.split(rows)])
+
+
+def _nearest_faiss(query_NC: Tensor, candidates_MC: Tensor) -> Tensor:
+    import faiss
+
+    if query_NC.device.type == "cuda":
+        import faiss.contrib.torch_utils  # lets knn_gpu take torch tensors in place
+
+        _, index = faiss.knn_gpu(
+            _gpu_resources(query_NC.device.index or 0),
+            query_NC.contiguous(),
+            candidates_MC.contiguous(),
+            1,
+            metric=faiss.METRIC_INNER_PRODUCT,
+            device=query_NC.device.index or 0,
+        )
+        return cast(Tensor, index[:, 0])
+    _, found = faiss.knn(
+        np.ascontiguousarray(query_NC.numpy()),
+        np.ascontiguousarray(candidates_MC.numpy()),
+        1,
+        metric=faiss.METRIC_INNER_PRODUCT,
+    )
+    return torch.from_numpy(found[:, 0])
+
+
+@cache
+def _gpu_resources(device: int) -> object:
+    import faiss
+
+    resources = faiss.StandardGpuResources()
+    resources.setDefaultNullStreamAllDevices()
+    del device  # one set of resources per device: the cache key
+    return resources
+
+
+def index_dtype(tokens: int) -> str:
+    """The smallest unsigned integer type that holds indices below `tokens`."""
+    for dtype in ("uint8", "uint16", "uint32"):
+        if tokens - 1 <= np.iinfo(dtype).max:
+            return dtype
+    raise ValueError(f"{tokens} tokens do not fit uint32")
+
+
+def match_frames(
+    tokens_NLC: Tensor,
+    keyframe_tokens_KLC: Tensor,
+    neighbours: Sequence[Neighbours],
+    backend: Backend,
+) -> Tensor:
+    """Correspondences of a batch of frames to their two neighbouring keyframes (paper eq. 5).
+
+    Args:
+        tokens_NLC: source tokens φ of N frames, L tokens each.
+        keyframe_tokens_KLC: source tokens φ of the keyframes.
+        neighbours: per frame, which keyframes it looks at. A frame that *is* its keyframe gets
+            the identity, which an argmax could miss on repeated tokens.
+        backend: `faiss` or `torch`.
+
+    Returns:
+        (N, 2, L) int64: γ into the first and the second neighbour.
+    """
+    n_frames, n_tokens, _ = tokens_NLC.shape
+    index_N2L = torch.arange(n_tokens, device=tokens_NLC.device).repeat(n_frames, 2, 1)
+    unit_NLC = normalise(tokens_NLC)
+    wanted: dict[int, list[tuple[int, int]]] = {}
+    for n, near in enumerate(neighbours):
+        if near.itself:
+            continue
+        wanted.setdefault(near.first, []).append((n, 0))
+        if near.second != near.first:
+            wanted.setdefault(near.second, []).append((n, 1))
+    for k, places in wanted.items():
+        queries = torch.cat([unit_NLC[n] for n, _ in places])
+        found = nearest(queries, normalise(keyframe_tokens_KLC[k]), backend)
+        for (n, side), index_L in zip(places, found.split(n_tokens), strict=True):
+            index_N2L[n, side] = index_L
+    for n, near in enumerate(neighbours):
+        if near.second == near.first:
+            index_N2L[n, 1] = index_N2L[n, 0]
+    return index_N2L

@@ -1,0 +1,149 @@
+"""Noise schedule, DDIM steps in both directions, and fixed-point inversion.
+
+Shapes: F frames (a batch), C latent channels, h × w latent size. All arithmetic is float32,
+whatever the model computes in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+NoiseFn = Callable[[Tensor, int], Tensor]
+"""(x_FChw, timestep) → predicted noise ε, same shape, float32."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Sampling timesteps, noisiest first, and the signal level ᾱ at each.
+
+    Attributes:
+        timesteps: T timesteps, descending.
+        alphas: ᾱ at each timestep, float64 Python numbers.
+        final_alpha: ᾱ of a clean latent (`scheduler.final_alpha_cumprod`).
+    """
+
+    timesteps: tuple[int, ...]
+    alphas: tuple[float, ...]
+    final_alpha: float
+
+    def __len__(self) -> int:
+        return len(self.timesteps)
+
+    def alpha_after(self, step: int) -> float:
+        """ᾱ that sampling step `step` arrives at: the next timestep's, or the clean latent's."""
+        return self.alphas[step + 1] if step + 1 < len(self) else self.final_alpha
+
+
+def move(x_FChw: Tensor, noise_FChw: Tensor, alpha: float, alpha_to: float) -> Tensor:
+    """Move a latent from signal level ᾱ `alpha` to `alpha_to` along the given noise (DDIM, η = 0).
+
+    Song et al. 2021, eq. 12, used in both directions:
+    x' = √ᾱ' · (x − √(1−ᾱ)·ε)/√ᾱ + √(1−ᾱ')·ε.
+    """
+    clean = (x_FChw - (1 - alpha) ** 0.5 * noise_FChw) / alpha**0.5
+    return alpha_to**0.5 * clean + (1 - alpha_to) ** 0.5 * noise_FChw
+
+
+def implied_noise(x_FChw: Tensor, x_to_FChw: Tensor, alpha: float, alpha_to: float) -> Tensor:
+    """The noise along which `move` takes `x` to `x_to`: its inverse in the second argument."""
+    scale = (alpha_to / alpha) ** 0.5
+    gain = (1 - alpha_to) ** 0.5 - scale * (1 - alpha) ** 0.5
+    return (x_to_FChw - scale * x_FChw) / gain
+
+
+def noise_from_prediction(
+    prediction_FChw: Tensor, x_FChw: Tensor, alpha: float, prediction_type: str
+) -> Tensor:
+    """Turn a UNet's output into ε.
+
+    Raises:
+        ValueError: the prediction type is neither `epsilon`, `v_prediction` nor `sample`, or the
+            schedule has zero signal here, where ε says nothing about the clean latent.
+    """
+    if alpha <= 0:
+        raise ValueError("the noise schedule has zero terminal signal, which is not supported")
+    if prediction_type == "epsilon":
+        return prediction_FChw
+    if prediction_type == "v_prediction":
+        return alpha**0.5 * prediction_FChw + (1 - alpha) ** 0.5 * x_FChw
+    if prediction_type == "sample":
+        return (x_FChw - alpha**0.5 * prediction_FChw) / (1 - alpha) ** 0.5
+    raise ValueError(f"unknown prediction type {prediction_type!r}")
+
+
+def residual(x_FChw: Tensor, y_FChw: Tensor) -> Tensor:
+    """Root-mean-square difference per frame, (F,) float32."""
+    return (x_FChw - y_FChw).square().mean(dim=(1, 2, 3)).sqrt()
+
+
+@dataclass(frozen=True)
+class Inverted:
+    """One inversion step's result.
+
+    Attributes:
+        x: latents at the noisier timestep, (F, C, h, w): where the last evaluation was made, so
+            that latent, noise and features belong together.
+        residual: how far that evaluation would still move the latent, RMS per frame, (F,);
+            NaN for a plain step, which never evaluates at its result.
+    """
+
+    x: Tensor
+    residual: Tensor
+
+
+def invert_plain(
+    noise_fn: NoiseFn, x_FChw: Tensor, t: int, alpha: float, alpha_t: float
+) -> Inverted:
+    """First-order inversion: the noise at the cleaner latent stands in for the noisier one's.
+
+    One UNet row a frame (Song et al. 2021, §4.3).
+    """
+    x_t = move(x_FChw, noise_fn(x_FChw, t), alpha, alpha_t)
+    return Inverted(x_t, torch.full((len(x_FChw),), torch.nan, device=x_FChw.device))
+
+
+def invert_fixed_point(
+    noise_fn: NoiseFn,
+    x_FChw: Tensor,
+    t: int,
+    alpha: float,
+    alpha_t: float,
+    *,
+    extra: int,
+    warm_noise_FChw: Tensor | None = None,
+) -> Inverted:
+    """Solve x_t = move(x_s, ε(x_t, t)), the sampler's own equation, by `1 + extra` evaluations.
+
+    Starts along `warm_noise` (the previous step's) or, without one, along the noise at x_s, which
+    costs the first evaluation. Of the iterates that were evaluated, each frame keeps the one with
+    the smallest residual: on hard frames more iterations can make it worse.
+    `1 + extra` UNet rows a frame (cf. Garibi et al., *ReNoise*, 2024).
+
+    Raises:
+        ValueError: `extra` is below 1.
+    """
+    if extra < 1:
+        raise ValueError(f"fixed-point inversion needs extra ≥ 1, got {extra}")
+    evaluations = 1 + extra
+    if warm_noise_FChw is None:
+        warm_noise_FChw = noise_fn(x_FChw, t)
+        evaluations -= 1
+    iterate = move(x_FChw, warm_noise_FChw, alpha, alpha_t)
+    best: Inverted | None = None
+    for _ in range(evaluations):
+        following = move(x_FChw, noise_fn(iterate, t), alpha, alpha_t)
+        found = Inverted(iterate, residual(following, iterate))
+        best = found if best is None else _better(best, found)
+        iterate = following
+    assert best is not None  # noqa: S101 - evaluations ≥ 1
+    return best
+
+
+def _better(old: Inverted, new: Inverted) -> Inverted:
+    keep_new = new.residual <= old.residual
+    x = torch.where(keep_new.view(-1, 1, 1, 1), new.x, old.x)
+    return Inverted(x, torch.where(keep_new, new.residual, old.residual))

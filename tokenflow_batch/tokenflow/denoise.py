@@ -1,0 +1,252 @@
+"""One window at one sampling step: joint keyframe edit, propagation, guidance → noise prediction.
+
+Published and default mode are choices in this one path: which keyframes a frame looks at, with
+which weights, and where the source's features come from.
+
+Shape suffixes: R branches, N frames in a batch, F frames of the window, K keyframes, C channels,
+h w latent size, T prompt tokens, E embedding width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from tokenflow_batch.tokenflow.attention import Hooks
+from tokenflow_batch.tokenflow.correspondence import Backend
+from tokenflow_batch.tokenflow.ddim import noise_from_prediction
+from tokenflow_batch.tokenflow.injection import Injection
+from tokenflow_batch.tokenflow.keyframes import (
+    NeighbourRule,
+    published_neighbours,
+    true_neighbours,
+)
+from tokenflow_batch.tokenflow.passes import KeyframePass, PropagationPass
+
+
+class Denoiser:
+    """A UNet as ε(x, t, c): casts, expands the embedding, converts the prediction, counts rows.
+
+    Attributes:
+        rows: batch rows sent through the UNet so far, the noise-free measure of work.
+    """
+
+    def __init__(self, unet: nn.Module, prediction_type: str) -> None:
+        self.unet, self.prediction_type = unet, prediction_type
+        self.rows = 0
+        parameter = next(unet.parameters())
+        self.device, self.dtype = parameter.device, parameter.dtype
+
+    @torch.no_grad()
+    def noise(
+        self, x_NChw: Tensor, t: int, alpha: float, embeds_NTE: Tensor, *, raw: bool = False
+    ) -> Tensor:
+        """Predicted ε, (N, C, h, w) float32 on the UNet's device.
+
+        Args:
+            x_NChw: latents.
+            t: timestep.
+            alpha: ᾱ at t.
+            embeds_NTE: text embeddings, one a row, or one for all.
+            raw: take the UNet's output as ε whatever its prediction type, as the published
+                inversion does.
+        """
+        x_NChw = x_NChw.to(self.device, torch.float32)
+        embeds = embeds_NTE.to(self.device, self.dtype).expand(len(x_NChw), -1, -1)
+        self.rows += len(x_NChw)
+        timestep = torch.tensor(t, device=self.device)
+        predicted: Any = self.unet(
+            x_NChw.to(self.dtype), timestep, encoder_hidden_states=embeds, return_dict=False
+        )[0]
+        kind = "epsilon" if raw else self.prediction_type
+        return noise_from_prediction(predicted.float(), x_NChw, alpha, kind)
+
+
+@dataclass(frozen=True)
+class Mode:
+    """What distinguishes the published code from the default.
+
+    Attributes:
+        neighbours: which two keyframes a frame looks at, with which weights.
+        stored_source: correspondences and convolution features of the source come from an earlier
+            source pass. Otherwise the source branch goes through both passes and everything is
+            found on the way, where deeper blocks see propagated instead of true source features.
+    """
+
+    neighbours: NeighbourRule
+    stored_source: bool
+
+
+DEFAULT = Mode(true_neighbours, stored_source=True)
+PUBLISHED = Mode(published_neighbours, stored_source=False)
+MODES = {"default": DEFAULT, "official": PUBLISHED}
+
+
+class WindowInputs(Protocol):
+    """What a window needs, by absolute frame index, at the step being computed."""
+
+    def latents(self, frames: Sequence[int]) -> Tensor:
+        """Edited latents x_t, (N, C, h, w)."""
+
+    def source(self, frames: Sequence[int]) -> Tensor:
+        """Inverted latents at the same timestep, (N, C, h, w)."""
+
+    def conv(self, frames: Sequence[int]) -> Tensor:
+        """Stored convolution features of the source, (N, C, h, w)."""
+
+    def correspondences(self, frames: Sequence[int]) -> list[Tensor]:
+        """Stored γ per site, each (N, 2, L) int64."""
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Text embeddings, each (T, E)."""
+
+    source: Tensor
+    negative: Tensor
+    target: Tensor
+
+
+@dataclass(frozen=True)
+class EditSettings:
+    """What an edit does at every step.
+
+    Attributes:
+        guidance_scale: g in ε = ε_neg + g · (ε_target − ε_neg).
+        injection: Plug-and-Play thresholds in steps; zeros for SDEdit.
+        segment_length: B, frames per keyframe.
+        batch: ordinary frames per UNet call.
+        mode: default or published.
+        matching: correspondence backend, where they are found on the way.
+    """
+
+    guidance_scale: float
+    injection: Injection
+    segment_length: int
+    batch: int
+    mode: Mode = DEFAULT
+    matching: Backend = "torch"
+
+
+def branch_count(settings: EditSettings, step: int, *, keyframe_pass: bool) -> int:
+    """Rows per frame in a pass: 3 with the source branch, else 2.
+
+    With a stored source the source branch is needed only where queries and keys are injected.
+    """
+    if not settings.mode.stored_source:
+        return 3
+    return 3 if keyframe_pass and step < settings.injection.qk_steps else 2
+
+
+def predict_window(
+    denoiser: Denoiser,
+    hooks: Hooks,
+    inputs: WindowInputs,
+    prompts: Prompts,
+    settings: EditSettings,
+    *,
+    step: int,
+    t: int,
+    alpha: float,
+    keyframes: Sequence[int],
+    frames: range,
+    on_rows: Callable[[int], None] = lambda _: None,
+) -> Tensor:
+    """Guided noise predictions of a window's frames at one sampling step.
+
+    Args:
+        denoiser: the UNet, with `hooks` installed on it.
+        hooks: its seams.
+        inputs: latents and stored source features.
+        prompts: text embeddings.
+        settings: the edit.
+        step: sampling step, 0 the noisiest, for the injection thresholds.
+        t: its timestep.
+        alpha: ᾱ at t.
+        keyframes: the window's keyframes, absolute and ascending.
+        frames: the window's frames.
+        on_rows: told how many UNet rows each call took, for progress.
+
+    Returns:
+        (F, C, h, w) float32 on the CPU.
+    """
+    joint = _keyframe_pass(settings, hooks, inputs, keyframes, step)
+    call = _Call(denoiser, hooks, inputs, prompts, t, alpha)
+    on_rows(call.run(joint, keyframes, joint.branches)[1])
+    predictions = []
+    for start in range(frames.start, frames.stop, settings.batch):
+        batch = range(start, min(start + settings.batch, frames.stop))
+        spread = _propagation_pass(settings, joint, inputs, keyframes, batch, step)
+        noise_RNChw, rows = call.run(spread, batch, spread.branches)
+        negative, target = noise_RNChw[-2], noise_RNChw[-1]
+        guided = negative + settings.guidance_scale * (target - negative)
+        predictions.append(guided.cpu())
+        on_rows(rows)
+    return torch.cat(predictions)
+
+
+def _keyframe_pass(
+    settings: EditSettings, hooks: Hooks, inputs: WindowInputs, keyframes: Sequence[int], step: int
+) -> KeyframePass:
+    conv_on = step < settings.injection.conv_steps
+    stored = conv_on and settings.mode.stored_source
+    return KeyframePass(
+        branches=branch_count(settings, step, keyframe_pass=True),
+        inject_qk=step < settings.injection.qk_steps,
+        inject_conv=conv_on,
+        stored_conv_KChw=inputs.conv(keyframes) if stored else None,
+        attention=hooks.attention,
+    )
+
+
+def _propagation_pass(
+    settings: EditSettings,
+    joint: KeyframePass,
+    inputs: WindowInputs,
+    keyframes: Sequence[int],
+    batch: range,
+    step: int,
+) -> PropagationPass:
+    conv_on = step < settings.injection.conv_steps
+    stored = settings.mode.stored_source
+    rule = settings.mode.neighbours
+    return PropagationPass(
+        joint,
+        [rule(frame, keyframes, settings.segment_length) for frame in batch],
+        branches=branch_count(settings, step, keyframe_pass=False),
+        inject_conv=conv_on,
+        stored_conv_NChw=inputs.conv(batch) if stored and conv_on else None,
+        stored_index=inputs.correspondences(batch) if stored else None,
+        matching=settings.matching,
+    )
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What stays the same over a window's UNet calls."""
+
+    denoiser: Denoiser
+    hooks: Hooks
+    inputs: WindowInputs
+    prompts: Prompts
+    t: int
+    alpha: float
+
+    def run(
+        self, active: KeyframePass | PropagationPass, frames: Sequence[int], branches: int
+    ) -> tuple[Tensor, int]:
+        """(R, N, C, h, w) noise and the rows it took, branches in the order of `passes`."""
+        x = self.inputs.latents(frames)
+        embeds = [self.prompts.negative, self.prompts.target]
+        rows = [x, x]
+        if branches == 3:
+            rows.insert(0, self.inputs.source(frames).to(x))
+            embeds.insert(0, self.prompts.source)
+        embeds_NTE = torch.cat([e.expand(len(frames), -1, -1) for e in embeds])
+        with self.hooks.during(active):
+            noise = self.denoiser.noise(torch.cat(rows), self.t, self.alpha, embeds_NTE)
+        return noise.unflatten(0, (branches, len(frames))), len(noise)

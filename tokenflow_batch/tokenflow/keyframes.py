@@ -1,0 +1,103 @@
+"""Segments of consecutive frames, the keyframe drawn in each, and who looks at whom.
+
+Plain Python on purpose: planning uses it without torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import struct
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Frames `start` ≤ i < `stop` that share one keyframe."""
+
+    index: int
+    start: int
+    stop: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+def segments(frames: int, length: int) -> list[Segment]:
+    """Cut `frames` into segments of `length`; the last one may be shorter, no frame is dropped.
+
+    Raises:
+        ValueError: `frames` or `length` is below 1.
+    """
+    if frames < 1 or length < 1:
+        raise ValueError(f"segments need frames ≥ 1 and length ≥ 1, got {frames} and {length}")
+    starts = range(0, frames, length)
+    return [Segment(b, s, min(s + length, frames)) for b, s in enumerate(starts)]
+
+
+def draw_keyframe(seed: int, step: int, segment: Segment) -> int:
+    """The keyframe of `segment` at sampling step `step`: uniform over its frames.
+
+    A pure function of (seed, step, segment), never of call order, library version or platform:
+    64 bits of BLAKE2b scaled to the segment's length (bias below 2⁻⁵⁰).
+    """
+    message = struct.pack("<qqq", seed, step, segment.index)
+    raw = int.from_bytes(hashlib.blake2b(message, digest_size=8).digest(), "little")
+    return segment.start + ((raw * len(segment)) >> 64)
+
+
+def draw_keyframes(seed: int, step: int, segs: Sequence[Segment]) -> list[int]:
+    """One keyframe per segment, ascending (paper §4.1: drawn anew at every step)."""
+    return [draw_keyframe(seed, step, segment) for segment in segs]
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """Which two keyframes a frame looks at, and how much each counts.
+
+    `first` and `second` are positions in the keyframe list; the propagated token is
+    `weight · first + (1 − weight) · second`. `itself`: the frame is that keyframe.
+    """
+
+    first: int
+    second: int
+    weight: float
+    itself: bool = False
+
+
+NeighbourRule = Callable[[int, Sequence[int], int], Neighbours]
+"""(frame, keyframes, segment length) → Neighbours."""
+
+
+def true_neighbours(frame: int, keyframes: Sequence[int], length: int) -> Neighbours:  # noqa: ARG001
+    """The nearest keyframes on both sides, k⁻ ≤ i ≤ k⁺, weighted by the true distances.
+
+    Weights are linear, so that a keyframe takes itself alone and the hand-over is continuous.
+    Before the first and after the last keyframe there is one neighbour, with weight 1.
+    """
+    after = bisect_left(keyframes, frame)
+    before = bisect_right(keyframes, frame) - 1
+    if before < 0 or after == len(keyframes):
+        only = max(before, 0)
+        return Neighbours(only, only, 1.0)
+    if before == after:
+        return Neighbours(before, before, 1.0, itself=True)
+    gap = keyframes[after] - keyframes[before]
+    return Neighbours(before, after, (keyframes[after] - frame) / gap)
+
+
+def published_neighbours(frame: int, keyframes: Sequence[int], length: int) -> Neighbours:
+    """What the published code does: the own segment's and the previous one's keyframe.
+
+    Weights come from distances to the segments' centres, through a sigmoid, so they stay
+    within [0.62, 0.73] for the own keyframe; the first segment sees its own keyframe only.
+    """
+    own = min(frame // length, len(keyframes) - 1)
+    if own == 0:
+        return Neighbours(0, 0, 1.0)
+    centre = own * length + length // 2
+    d_own, d_previous = abs(frame - centre), abs(frame - (centre - length))
+    weight = 1.0 / (1.0 + math.exp(-d_previous / (d_own + d_previous)))
+    return Neighbours(own, own - 1, weight)

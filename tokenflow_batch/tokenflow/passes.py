@@ -1,0 +1,199 @@
+"""The three kinds of UNet pass: source, joint keyframe edit, propagation.
+
+Shape suffixes: R branches in a batch, N frames in a batch, K keyframes, L tokens, H heads,
+D channels per head, C channels, h w feature map size. A batch holds its branches one after the
+other, (R·N) rows, in the order source, negative, target.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenflow_batch.tokenflow.attention import (
+    AttentionBackend,
+    attend,
+    merge_heads,
+    split_heads,
+)
+from tokenflow_batch.tokenflow.correspondence import Backend, match_frames
+from tokenflow_batch.tokenflow.injection import Site
+from tokenflow_batch.tokenflow.keyframes import Neighbours
+
+
+class SourcePass:
+    """Plain UNet evaluation of source frames that keeps tokens φ and convolution features.
+
+    Attributes:
+        tokens: per site, φ (N, L, C).
+        conv: convolution features at the PnP site, (N, C, h, w).
+    """
+
+    def __init__(self) -> None:
+        self.tokens: list[Tensor] = []
+        self.conv: Tensor | None = None
+        self._by_site: dict[int, Tensor] = {}
+
+    def self_attention(
+        self,
+        site: Site,
+        attn: Any,  # noqa: ARG002
+        tokens_NLC: Tensor,
+        plain: Callable[[], Tensor],
+    ) -> Tensor:
+        """Keep φ, compute as usual."""
+        self._by_site[site.index] = tokens_NLC
+        self.tokens = [self._by_site[i] for i in sorted(self._by_site)]
+        return plain()
+
+    def conv_features(self, features_NChw: Tensor) -> Tensor:
+        """Keep the features, change nothing."""
+        self.conv = features_NChw
+        return features_NChw
+
+
+def inject_conv(features: Tensor, branches: int, source_NChw: Tensor | None) -> Tensor:
+    """Copy source convolution features over the negative and target branches.
+
+    Args:
+        features: (R·N, C, h, w).
+        branches: R.
+        source_NChw: stored source features, or None to take the batch's own source branch.
+    """
+    parts = list(features.chunk(branches))
+    if source_NChw is None:
+        source_NChw = parts[0]
+    parts[-2:] = [source_NChw.to(features), source_NChw.to(features)]
+    return torch.cat(parts)
+
+
+class KeyframePass:
+    """Joint edit of the keyframes by extended attention (paper §4.1, eq. 3).
+
+    In the negative and target branches every keyframe's queries attend to the keys and values of
+    all keyframes; the source branch, if the batch has one, attends within its own frame.
+
+    Attributes:
+        outputs: per site, the self-attention output after `to_out`, (R, K, L, C).
+        tokens: per site, the source branch's φ (K, L, C), when the batch has that branch.
+    """
+
+    def __init__(
+        self,
+        *,
+        branches: int,
+        inject_qk: bool,
+        inject_conv: bool,
+        stored_conv_KChw: Tensor | None,
+        attention: AttentionBackend,
+    ) -> None:
+        if inject_qk and branches != 3:
+            raise ValueError("injecting queries and keys needs the source branch in the batch")
+        self.branches, self.inject_qk, self.inject_conv = branches, inject_qk, inject_conv
+        self.stored_conv_KChw, self.attention = stored_conv_KChw, attention
+        self.outputs: dict[int, Tensor] = {}
+        self.tokens: dict[int, Tensor] = {}
+
+    def self_attention(
+        self,
+        site: Site,
+        attn: Any,
+        tokens_NLC: Tensor,
+        plain: Callable[[], Tensor],  # noqa: ARG002
+    ) -> Tensor:
+        """Extended attention; keeps the output for the propagation pass."""
+        rows, tokens, _ = tokens_NLC.shape
+        keyframes = rows // self.branches
+        if self.branches == 3:
+            self.tokens[site.index] = tokens_NLC[:keyframes]
+        q_RKHLD, k_RKHLD, v_RKHLD = (
+            split_heads(project(tokens_NLC), attn.heads).unflatten(0, (self.branches, keyframes))
+            for project in (attn.to_q, attn.to_k, attn.to_v)
+        )
+        joined = []
+        for r in range(self.branches):
+            source = self.branches == 3 and r == 0
+            qk = 0 if self.inject_qk and site.inject_qk else r
+            q, k, v = q_RKHLD[qk], k_RKHLD[qk], v_RKHLD[r]
+            if not source:  # one sequence of all keyframes' tokens, (1, H, K·L, D)
+                q, k, v = (x.transpose(0, 1).flatten(1, 2).unsqueeze(0) for x in (q, k, v))
+            out = merge_heads(attend(q, k, v, attn.scale, self.attention))
+            joined.append(out.reshape(keyframes, tokens, -1))
+        out_NLC = attn.to_out[1](attn.to_out[0](torch.cat(joined)))
+        self.outputs[site.index] = out_NLC.unflatten(0, (self.branches, keyframes))
+        return out_NLC
+
+    def conv_features(self, features_NChw: Tensor) -> Tensor:
+        """Plug-and-Play injection, if this step asks for it."""
+        if not self.inject_conv:
+            return features_NChw
+        return inject_conv(features_NChw, self.branches, self.stored_conv_KChw)
+
+
+class PropagationPass:
+    """Ordinary frames: `attn1` is replaced by the keyframes' edited tokens (paper §4.2, eq. 6).
+
+    Correspondences are either given (`stored_index`) or found in this very pass between the
+    batch's source branch and the keyframe pass's, as the published code does.
+    """
+
+    def __init__(
+        self,
+        keyframe_pass: KeyframePass,
+        neighbours: Sequence[Neighbours],
+        *,
+        branches: int,
+        inject_conv: bool,
+        stored_conv_NChw: Tensor | None,
+        stored_index: Sequence[Tensor] | None,
+        matching: Backend,
+    ) -> None:
+        self.keyframe_pass, self.neighbours, self.branches = keyframe_pass, neighbours, branches
+        self.inject_conv, self.stored_conv_NChw = inject_conv, stored_conv_NChw
+        self.stored_index, self.matching = stored_index, matching
+
+    def self_attention(
+        self,
+        site: Site,
+        attn: Any,  # noqa: ARG002
+        tokens_NLC: Tensor,
+        plain: Callable[[], Tensor],  # noqa: ARG002
+    ) -> Tensor:
+        """Tokens of the neighbouring keyframes, gathered by correspondence and blended."""
+        index_N2L = self._correspondences(site, tokens_NLC)
+        out_RKLC = self.keyframe_pass.outputs[site.index][-self.branches :]
+        first, second = (
+            propagate(out_RKLC, index_N2L[:, side], [near_k(n, side) for n in self.neighbours])
+            for side in (0, 1)
+        )
+        weight_N11 = torch.tensor([n.weight for n in self.neighbours]).to(first).view(-1, 1, 1)
+        return (weight_N11 * first + (1 - weight_N11) * second).flatten(0, 1)
+
+    def _correspondences(self, site: Site, tokens_NLC: Tensor) -> Tensor:
+        if self.stored_index is not None:
+            return self.stored_index[site.index]
+        source_NLC = tokens_NLC.chunk(self.branches)[0]
+        keyframes_KLC = self.keyframe_pass.tokens[site.index]
+        return match_frames(source_NLC, keyframes_KLC, self.neighbours, self.matching)
+
+    def conv_features(self, features_NChw: Tensor) -> Tensor:
+        """Plug-and-Play injection, if this step asks for it."""
+        if not self.inject_conv:
+            return features_NChw
+        return inject_conv(features_NChw, self.branches, self.stored_conv_NChw)
+
+
+def near_k(neighbours: Neighbours, side: int) -> int:
+    """The keyframe position on side 0 (first) or 1 (second)."""
+    return neighbours.second if side else neighbours.first
+
+
+def propagate(out_RKLC: Tensor, index_NL: Tensor, keyframe: Sequence[int]) -> Tensor:
+    """out[k_n][γ_n[p]] for every frame n and token p: (R, N, L, C)."""
+    tokens = out_RKLC.shape[2]
+    offset_N1 = torch.tensor(keyframe, device=out_RKLC.device).view(-1, 1) * tokens
+    flat = (index_NL.to(out_RKLC.device) + offset_N1).flatten()
+    return out_RKLC.flatten(1, 2)[:, flat].unflatten(1, index_NL.shape)
