@@ -26,13 +26,12 @@ from torch import Tensor
 from tokenflow_batch.tokenflow.attention import tokenflow_hooks
 from tokenflow_batch.tokenflow.ddim import Schedule, invert_plain
 from tokenflow_batch.tokenflow.denoise import (
-    PUBLISHED,
     Denoiser,
     EditSettings,
     Prompts,
     predict_window,
 )
-from tokenflow_batch.tokenflow.injection import Injection
+from tokenflow_batch.tokenflow.modes import PUBLISHED, Injection
 from tokenflow_batch.tokenflow.samplers import Ddim, State
 
 
@@ -93,13 +92,13 @@ class _Recorded:
     """The recorded source latents and the running edit, as a window's inputs."""
 
     x: Tensor
-    source_FChw: Tensor
+    source_latents: Tensor
 
     def latents(self, frames: Sequence[int]) -> Tensor:
         return self.x[list(frames)]
 
     def source(self, frames: Sequence[int]) -> Tensor:
-        return self.source_FChw[list(frames)]
+        return self.source_latents[list(frames)]
 
     def conv(self, frames: Sequence[int]) -> Tensor:
         raise NotImplementedError("the published mode finds features on the way")

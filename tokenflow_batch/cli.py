@@ -34,9 +34,7 @@ WorkdirOption = Annotated[
     Path | None, typer.Option(help="Folder for intermediate results.  [default: OUTPUT/.work]")
 ]
 DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; overrides runtime.")]
-ThreadsOption = Annotated[
-    int | None, typer.Option(min=1, help="CPU threads; overrides runtime.")
-]
+ThreadsOption = Annotated[int | None, typer.Option(min=1, help="CPU threads; overrides runtime.")]
 ForceOption = Annotated[
     list[str] | None, typer.Option(metavar="STAGE", help="Begin this stage anew; repeatable.")
 ]
@@ -67,9 +65,7 @@ def run(
     workdir: WorkdirOption = None,
     device: DeviceOption = None,
     threads: ThreadsOption = None,
-    until: Annotated[
-        str, typer.Option(metavar="STAGE", help="Stop after this stage.")
-    ] = "report",
+    until: Annotated[str, typer.Option(metavar="STAGE", help="Stop after this stage.")] = "report",
     force: ForceOption = None,
     as_json: JsonOption = False,
 ) -> None:

@@ -5,7 +5,7 @@ TokenflowBatchError           1   anything below; also "several jobs failed for 
 ├── ModelError                3   the model can't be found, loaded or used for this
 ├── VideoError                4   a source can't be read, has no picture, or can't be written
 ├── StoreError                6   the work folder can't be used as it is
-│   ├── DamagedUnit           6   stored data differ from their commit record (recomputed by the runner)
+│   ├── DamagedUnit           6   stored data differ from their commit record (and are recomputed)
 │   ├── MissingInput          6   an earlier stage has not been run
 │   └── NumericsMismatch      6   half-done work was begun under other numerics
 ├── DiskFullError             7   no space left where the work folder or the output is

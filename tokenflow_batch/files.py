@@ -37,7 +37,7 @@ def fsync(path: Path) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary file beside `path`; on success it durably becomes `path`, else it is gone."""
+    """Give a temporary file beside `path`; on success it becomes `path` durably, else it goes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(
         prefix=f".{path.name}.", suffix=f".tmp{path.suffix}", dir=path.parent

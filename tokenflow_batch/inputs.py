@@ -64,5 +64,3 @@ class Inputs:
         if any(self.memory.peek(file) is None for file in files):
             return None
         return self.keys(job)
-
-

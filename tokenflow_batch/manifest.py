@@ -16,7 +16,8 @@ from tokenflow_batch.config import PRESETS, Batch, Frozen, Job, Runtime, Setting
 from tokenflow_batch.errors import ManifestError
 
 VIDEO_SUFFIXES = frozenset(
-    ".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .m2ts .mts .wmv .flv .ogv .3gp .gif".split()
+    {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".m2ts", ".mts"}
+    | {".wmv", ".flv", ".ogv", ".3gp", ".gif"}
 )
 
 # A name becomes a file or folder name: no separators, no control characters, not hidden.
@@ -54,7 +55,7 @@ class ManifestFile(Frozen):
     )
     output: str = Field("outputs/", min_length=1, description="relative to the manifest")
     runtime: Runtime = Runtime()
-    defaults: Level = {}
+    defaults: Level = Field(default_factory=dict)
     clips: list[Level] = Field(min_length=1)
 
 
@@ -205,7 +206,7 @@ def _refuse_equal_names(jobs: Iterable[Job], problems: _Problems) -> None:
 
 
 def _model_reference(root: Path, model: str) -> str:
-    """A path relative to the manifest if there is one, else the text as it stands (hub id, demo)."""
+    """A path relative to the manifest if it exists, else the text as it stands (hub id, demo)."""
     local = root / model
     return str(local) if model != "demo" and local.exists() else model
 

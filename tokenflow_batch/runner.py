@@ -28,6 +28,7 @@ from tokenflow_batch.errors import (
 )
 from tokenflow_batch.files import replacing
 from tokenflow_batch.inputs import Inputs
+from tokenflow_batch.ledger import StageFolder
 from tokenflow_batch.models import Compute, Model, load, resolve
 from tokenflow_batch.stages import IMPLEMENTATIONS
 from tokenflow_batch.stages.base import Progress, StageContext
@@ -111,7 +112,7 @@ class Runner:
             keys=keys,
             workspace=self.inputs.workspace,
             compute=self.compute,
-            model=self._load,
+            model=lambda: self.model,
             progress=lambda what, total: self.progress(f"{job.name} {what}", total),
             warn=log.warning,
         )
@@ -162,13 +163,24 @@ class Runner:
         if stage not in result.ran:
             result.ran.append(stage)
 
-    def _load(self) -> Model:
+    @property
+    def model(self) -> Model:
+        """The batch's model, loaded at first use.
+
+        Raises:
+            ModelError: it can't be loaded.
+        """
         if self._model is None:
             self._model = load(self.inputs.model, self.compute)
         return self._model
 
+    def folder(self, job: Job, stage: StageName) -> StageFolder:
+        """Where a stage of a job keeps its result."""
+        key = self.inputs.keys(job)[stage].key
+        return StageFolder(self.inputs.workspace.stage(stage, key), stage, key)
+
     def _publish(self, context: StageContext, stages: Sequence[StageName]) -> list[Path]:
-        """Copy a job's results to where the user looks for them; they appear whole or not at all."""
+        """Copy a job's results to the output folder; each file appears whole or not at all."""
         job, workspace = context.job, self.inputs.workspace
         details = workspace.details(job.clip, job.edit)
         wanted: Mapping[StageName, Mapping[str, Path]] = {
@@ -220,5 +232,3 @@ def exit_code(results: Sequence[JobResult]) -> int:
     """0 if all is well, the failures' own code if they agree, else 1."""
     codes = {result.error.exit_code for result in results if result.error is not None}
     return codes.pop() if len(codes) == 1 else int(bool(codes))
-
-

@@ -96,7 +96,7 @@ def unit_name(kind: str, block: Block) -> str:
 
 
 class ArrayStore:
-    """The arrays of one stage folder. Make one by `create` (the stage itself) or `open` (readers)."""
+    """The arrays of one stage folder: made by `create` (the stage itself) or `open` (readers)."""
 
     def __init__(self, stage: StageFolder, specs: Mapping[str, ArraySpec]) -> None:
         self.stage, self.specs = stage, dict(specs)

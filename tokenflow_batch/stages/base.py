@@ -77,4 +77,3 @@ class Stage(ABC):
         Raises:
             TokenflowBatchError: anything that the user should know.
         """
-

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tokenflow_batch.config import Settings
 from tokenflow_batch.ledger import StageFolder
+from tokenflow_batch.plan import injection_of
 from tokenflow_batch.stages.base import Advance, Stage, StageContext
 from tokenflow_batch.stages.clip import Clip, InvertedLatents, read_clip
 from tokenflow_batch.stages.match import array_name, sites_by_tokens
@@ -18,14 +19,14 @@ from tokenflow_batch.store import ArraySpec, ArrayStore, unit_name
 from tokenflow_batch.tokenflow.attention import Hooks, tokenflow_hooks
 from tokenflow_batch.tokenflow.ddim import Schedule
 from tokenflow_batch.tokenflow.denoise import (
-    MODES,
     Denoiser,
     EditSettings,
     Prompts,
     predict_window,
 )
-from tokenflow_batch.tokenflow.injection import Injection, Site
+from tokenflow_batch.tokenflow.injection import Site
 from tokenflow_batch.tokenflow.keyframes import draw_keyframes
+from tokenflow_batch.tokenflow.modes import MODES
 from tokenflow_batch.tokenflow.samplers import SAMPLERS, Sampler, State
 from tokenflow_batch.tokenflow.windows import Chunk, Window, covering, plan_windows
 
@@ -90,10 +91,9 @@ def _state_names(sampler: Sampler) -> list[str]:
 
 def _edit_settings(context: StageContext) -> EditSettings:
     s = context.settings
-    pnp = s.technique == "pnp"
     return EditSettings(
         guidance_scale=s.guidance_scale,
-        injection=Injection.pnp(s.steps, s.attn_t, s.f_t) if pnp else Injection(),
+        injection=injection_of(s),
         segment_length=s.segment_length,
         batch=s.segment_length,
         mode=MODES[s.mode],
@@ -111,9 +111,9 @@ def _resume_at(folder: StageFolder, clip: Clip, settings: Settings) -> int:
         units = (unit_name("advance", (step, c.index)) for c in clip.chunks)
         if all(folder.available(unit) for unit in units):
             return step
-    units = list(folder.units())
-    if any(not folder.available(unit) for unit in units):
-        for unit in units:
+    begun = list(folder.units())
+    if any(not folder.available(unit) for unit in begun):
+        for unit in begun:
             if unit.startswith(("advance", "window")):
                 folder.forget(unit)
     return settings.first_step

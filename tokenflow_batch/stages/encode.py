@@ -60,11 +60,11 @@ def _probe(context: StageContext, folder: StageFolder) -> None:
         facts = probe(job.video, lambda _: advance(1))
     s, multiple = job.settings, context.model().multiple
     try:
-        geometry = plan_geometry(
-            (facts.width, facts.height), s.resolution, Fit(s.fit), multiple
-        )
+        geometry = plan_geometry((facts.width, facts.height), s.resolution, Fit(s.fit), multiple)
     except ValueError as error:
-        raise VideoError(f"{job.video}: {error}", hint=f"change `resolution` ({job.where})") from None
+        raise VideoError(
+            f"{job.video}: {error}", hint=f"change `resolution` ({job.where})"
+        ) from None
     if facts.damaged:
         context.warn(f"{job.video}: {facts.damaged} damaged frames or packets were left out")
     if facts.high_dynamic_range:

@@ -43,9 +43,7 @@ class Invert(Stage):
         store = ArrayStore.create(
             folder,
             {
-                "latents": ArraySpec(
-                    "invert", *per_frame, clean.frame_shape, context.float_dtype
-                ),
+                "latents": ArraySpec("invert", *per_frame, clean.frame_shape, context.float_dtype),
                 "residual": ArraySpec("invert", *per_frame, (), "float32"),
             },
         )
@@ -73,7 +71,9 @@ def _kept(schedule: Schedule, sampling: Schedule) -> list[bool]:
             "timesteps",
             hint="make `inversion_steps` a multiple of `steps`",
         )
-    return [t in wanted for t in reversed(schedule.timesteps)]
+    kept = [t in wanted for t in reversed(schedule.timesteps)]
+    kept[-1] = True  # the noisiest latent, which the published code starts from
+    return kept
 
 
 def _needed(folder: StageFolder, chunk: Chunk, kept: Sequence[bool]) -> list[bool]:
@@ -132,7 +132,13 @@ class _Inversion:
         if i > 0:  # the noise that the previous step went along: state that needs no storing
             warm = implied_noise(self._latents(i - 2, frames), x, self._alpha(i - 2), alpha)
         return invert_fixed_point(
-            noise, x, t, alpha, alpha_t, extra=self.settings.inversion_iterations, warm_noise_FChw=warm
+            noise,
+            x,
+            t,
+            alpha,
+            alpha_t,
+            extra=self.settings.inversion_iterations,
+            warm_noise_FChw=warm,
         )
 
     def _alpha(self, i: int) -> float:

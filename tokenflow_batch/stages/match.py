@@ -17,9 +17,10 @@ from tokenflow_batch.store import Array, ArraySpec, ArrayStore, unit_name
 from tokenflow_batch.tokenflow.attention import Hooks, tokenflow_hooks
 from tokenflow_batch.tokenflow.correspondence import Backend, index_dtype, match_frames
 from tokenflow_batch.tokenflow.ddim import Schedule
-from tokenflow_batch.tokenflow.denoise import MODES, Denoiser
+from tokenflow_batch.tokenflow.denoise import Denoiser
 from tokenflow_batch.tokenflow.injection import Site, attention_sites, conv_shape
 from tokenflow_batch.tokenflow.keyframes import Neighbours, draw_keyframes, true_neighbours
+from tokenflow_batch.tokenflow.modes import MODES
 from tokenflow_batch.tokenflow.passes import SourcePass
 from tokenflow_batch.tokenflow.windows import Chunk, batches
 
@@ -141,7 +142,9 @@ class _Matching:
         keyframes = [drawn[k] for k in used]
         filling = _Filling(chunk, near, self.groups, self.matching)
         parts = [self._source(step, b) for b in batches(keyframes, self.settings.unet_batch)]
-        filling.keyframe_tokens = [torch.cat(t) for t in zip(*(p.tokens for p in parts), strict=True)]
+        filling.keyframe_tokens = [
+            torch.cat(t) for t in zip(*(p.tokens for p in parts), strict=True)
+        ]
         inside = [n for n, f in enumerate(keyframes) if f in chunk.frames]
         conv = torch.cat([_conv(p) for p in parts])[inside]
         filling.add(
@@ -173,9 +176,7 @@ class _Filling:
         self.chunk, self.near, self.groups, self.matching = chunk, near, groups, matching
         self.keyframe_tokens: list[Tensor] = []
         self.values: dict[str, Array] = {
-            array_name(tokens): np.empty(
-                (len(chunk), len(group), 2, tokens), index_dtype(tokens)
-            )
+            array_name(tokens): np.empty((len(chunk), len(group), 2, tokens), index_dtype(tokens))
             for tokens, group in groups.items()
         }
 

@@ -116,5 +116,3 @@ def _undo(context: StageContext, clip: Clip, start: int) -> _Undo:
     if restore and clip.geometry.crops:  # what was cropped away comes from the source
         source = read_frames(context.job.video, clip.facts, start)
     return _Undo(clip, source, restore=restore)
-
-

@@ -51,10 +51,12 @@ class Report(Stage):
             consistency = Consistency.of(counted())
             shown = _side_by_side(context, clip, counted(), folder)
         with replacing(folder.folder / SHEET) as path:
-            times = [float((clip.facts.pts[i] - clip.facts.pts[0]) * clip.facts.time_base) for i in shown]
+            times = [
+                float((clip.facts.pts[i] - clip.facts.pts[0]) * clip.facts.time_base) for i in shown
+            ]
             contact_sheet(
                 path,
-                f"{context.settings.source_prompt!r} → {context.settings.prompt!r}",
+                f"{context.settings.source_prompt!r} to {context.settings.prompt!r}",
                 [f"{t:.2f} s" for t in times],
                 {"source": [s for s, _ in shown.values()], "edit": [e for _, e in shown.values()]},
             )
@@ -129,7 +131,9 @@ def _metrics(context: StageContext, clip: Clip, consistency: Consistency) -> dic
         "unet_rows": {**rows, "total": sum(rows.values())},
         "unet_rows_per_frame": {stage: n / clip.frames for stage, n in rows.items()},
         "unet_seconds": {k: round(t["seconds"], 3) for k, t in totals.items() if "seconds" in t},
-        "numerics": json.loads((context.folder("edit").folder / "numerics.json").read_text("utf-8")),
+        "numerics": json.loads(
+            (context.folder("edit").folder / "numerics.json").read_text("utf-8")
+        ),
     }
 
 

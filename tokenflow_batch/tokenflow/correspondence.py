@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Sequence
 from functools import cache
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -88,7 +88,8 @@ def _nearest_faiss(query_NC: Tensor, candidates_MC: Tensor) -> Tensor:
             metric=faiss.METRIC_INNER_PRODUCT,
             device=query_NC.device.index or 0,
         )
-        return cast(Tensor, index[:, 0])
+        found_N: Tensor = index[:, 0]
+        return found_N
     _, found = faiss.knn(
         np.ascontiguousarray(query_NC.numpy()),
         np.ascontiguousarray(candidates_MC.numpy()),
@@ -99,7 +100,7 @@ def _nearest_faiss(query_NC: Tensor, candidates_MC: Tensor) -> Tensor:
 
 
 @cache
-def _gpu_resources(device: int) -> object:
+def _gpu_resources(device: int) -> Any:
     import faiss
 
     resources = faiss.StandardGpuResources()

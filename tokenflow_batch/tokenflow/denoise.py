@@ -19,12 +19,7 @@ from torch import Tensor, nn
 from tokenflow_batch.tokenflow.attention import Hooks
 from tokenflow_batch.tokenflow.correspondence import Backend
 from tokenflow_batch.tokenflow.ddim import noise_from_prediction
-from tokenflow_batch.tokenflow.injection import Injection
-from tokenflow_batch.tokenflow.keyframes import (
-    NeighbourRule,
-    published_neighbours,
-    true_neighbours,
-)
+from tokenflow_batch.tokenflow.modes import DEFAULT, Injection, Mode, branch_count
 from tokenflow_batch.tokenflow.passes import KeyframePass, PropagationPass
 
 
@@ -64,26 +59,6 @@ class Denoiser:
         )[0]
         kind = "epsilon" if raw else self.prediction_type
         return noise_from_prediction(predicted.float(), x_NChw, alpha, kind)
-
-
-@dataclass(frozen=True)
-class Mode:
-    """What distinguishes the published code from the default.
-
-    Attributes:
-        neighbours: which two keyframes a frame looks at, with which weights.
-        stored_source: correspondences and convolution features of the source come from an earlier
-            source pass. Otherwise the source branch goes through both passes and everything is
-            found on the way, where deeper blocks see propagated instead of true source features.
-    """
-
-    neighbours: NeighbourRule
-    stored_source: bool
-
-
-DEFAULT = Mode(true_neighbours, stored_source=True)
-PUBLISHED = Mode(published_neighbours, stored_source=False)
-MODES = {"default": DEFAULT, "official": PUBLISHED}
 
 
 class WindowInputs(Protocol):
@@ -130,16 +105,6 @@ class EditSettings:
     batch: int
     mode: Mode = DEFAULT
     matching: Backend = "torch"
-
-
-def branch_count(settings: EditSettings, step: int, *, keyframe_pass: bool) -> int:
-    """Rows per frame in a pass: 3 with the source branch, else 2.
-
-    With a stored source the source branch is needed only where queries and keys are injected.
-    """
-    if not settings.mode.stored_source:
-        return 3
-    return 3 if keyframe_pass and step < settings.injection.qk_steps else 2
 
 
 def predict_window(
@@ -195,7 +160,7 @@ def _keyframe_pass(
     conv_on = step < settings.injection.conv_steps
     stored = conv_on and settings.mode.stored_source
     return KeyframePass(
-        branches=branch_count(settings, step, keyframe_pass=True),
+        branches=branch_count(settings.mode, settings.injection, step, keyframe_pass=True),
         inject_qk=step < settings.injection.qk_steps,
         inject_conv=conv_on,
         stored_conv_KChw=inputs.conv(keyframes) if stored else None,
@@ -217,7 +182,7 @@ def _propagation_pass(
     return PropagationPass(
         joint,
         [rule(frame, keyframes, settings.segment_length) for frame in batch],
-        branches=branch_count(settings, step, keyframe_pass=False),
+        branches=branch_count(settings.mode, settings.injection, step, keyframe_pass=False),
         inject_conv=conv_on,
         stored_conv_NChw=inputs.conv(batch) if stored and conv_on else None,
         stored_index=inputs.correspondences(batch) if stored else None,

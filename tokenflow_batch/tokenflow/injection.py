@@ -92,21 +92,3 @@ def conv_shape(unet: nn.Module, latent_hw: tuple[int, int]) -> tuple[int, int, i
 def _config(unet: nn.Module) -> Mapping[str, Any]:
     config: Mapping[str, Any] = unet.config  # type: ignore[assignment]
     return config
-
-
-@dataclass(frozen=True)
-class Injection:
-    """During how many of the first sampling steps the source's features are copied.
-
-    Attributes:
-        qk_steps: queries and keys, ⌊T · attn_t⌋.
-        conv_steps: convolution features, ⌊T · f_t⌋.
-    """
-
-    qk_steps: int = 0
-    conv_steps: int = 0
-
-    @classmethod
-    def pnp(cls, steps: int, attn_t: float, f_t: float) -> Injection:
-        """Plug-and-Play thresholds as shares of the `steps` sampling steps."""
-        return cls(int(steps * attn_t), int(steps * f_t))

@@ -5,7 +5,8 @@ converted to AAC.
 
 **Timestamps** are counted in samples. Containers that round them (Matroska to milliseconds, MPEG to
 1/90000 s) would make a copied track stutter by fractions of a frame, so as long as a rounded
-timestamp agrees with where the samples so far end, that is where the packet goes.
+timestamp agrees with where the samples so far end, that is where the packet goes. So it does where
+its timestamp is missing, goes back, or leaps as the rules for pictures in `reader` don't allow.
 """
 
 from __future__ import annotations
@@ -22,9 +23,8 @@ from av.audio.stream import AudioStream
 from av.container import InputContainer, OutputContainer
 from av.packet import Packet
 
-from tokenflow_batch.errors import VideoError
 from tokenflow_batch.video.facts import AudioFacts
-from tokenflow_batch.video.reader import open_source
+from tokenflow_batch.video.reader import demux, longest_leap, open_source
 
 COPIED = frozenset({"aac", "ac3", "alac", "dts", "eac3", "flac", "mp2", "mp3", "opus"})
 """Codecs that players know in an MP4."""
@@ -57,7 +57,7 @@ class AudioTrack:
         self.facts = facts
         self.warnings: list[str] = []
         self._stream = next(s for s in container.streams.audio if s.index == facts.index)
-        self._origin, self._path = origin, path
+        self._origin, self._path, self._leap = origin, path, longest_leap(container)
         self._packets = self._read(container)
         first = next(self._packets, None)
         self.empty = first is None
@@ -102,13 +102,11 @@ class AudioTrack:
 
     def _read(self, container: InputContainer) -> Iterator[Packet[AudioStream]]:
         try:
-            for packet in container.demux(self._stream):
+            for packet in demux(container, self._stream, self._path):
                 if packet.size:
                     yield packet
         except av.InvalidDataError:
             self.warnings.append(f"audio track {self.facts.index} breaks off: damaged source")
-        except (av.FFmpegError, OSError) as error:
-            raise VideoError(f"{self._path}: reading failed: {error.strerror}") from error
 
     def _time(self, stamp: int | None, time_base: Fraction | None) -> Fraction | None:
         if stamp is None or time_base is None:
@@ -116,7 +114,7 @@ class AudioTrack:
         return stamp * time_base - self._origin
 
     def _clock(self) -> _SampleClock:
-        return _SampleClock(self.facts.rate, self._stream.time_base or Fraction(0))
+        return _SampleClock(self.facts.rate, self._stream.time_base or Fraction(0), self._leap)
 
     def _copied(self, output: AudioStream) -> Iterator[Packet[AudioStream]]:
         clock = self._clock()
@@ -166,10 +164,17 @@ class AudioTrack:
 class _SampleClock:
     """Turns rounded timestamps into sample counts by the rule at the head of this file."""
 
-    def __init__(self, rate: int, tick: Fraction) -> None:
+    def __init__(self, rate: int, tick: Fraction, leap: Fraction) -> None:
+        """Start a track.
+
+        Args:
+            rate: samples per second.
+            tick: seconds that the container counts in.
+            leap: seconds beyond which a timestamp is not believed.
+        """
         self.coarse = tick * rate > 1
         """Whether the container rounds to more than a sample."""
-        self._rate = rate
+        self._rate, self._leap = rate, leap * rate
         self._slack = tick * rate if self.coarse else Fraction(0)
         self._last: int | None = None
         self._end = 0
@@ -184,12 +189,11 @@ class _SampleClock:
         Returns:
             Samples since time zero; later than what was returned before.
         """
-        at = self._end
+        at, last = self._end, self._last
         if time is not None:
             exact = time * self._rate
-            if self._last is None or abs(exact - self._end) > self._slack:
+            agrees = abs(exact - self._end) <= self._slack
+            if last is None or (not agrees and last < round(exact) <= last + self._leap):
                 at = round(exact)
-        if self._last is not None:
-            at = max(at, self._last + 1)
-        self._last, self._end = at, at + samples
+        self._last, self._end = at, at + max(1, samples)
         return at

@@ -48,7 +48,6 @@ class ToRgb:
     def __call__(self, frame: VideoFrame) -> NDArray[np.uint8]:
         """Convert a frame to uint8 (height, width, 3), contiguous and writable."""
         frame.colorspace = self._matrix
-        frame.color_range = self._facts.colour.range
         width, height = self._size  # named, for videos that change size on the way
         rgb = self._reformatter.reformat(
             frame, width, height, "rgb24", interpolation=_SCALING, threads=1

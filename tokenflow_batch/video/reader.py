@@ -5,29 +5,34 @@ thread. Seeking lands on other frames in open groups of pictures, and threads co
 whatever order they run; this way frame i is the same bits whichever part of the file is asked for.
 
 **Timestamps.** A frame is shown at its presentation timestamp. Where that is missing or not later
-than the frame before (joined or damaged recordings), the frame follows its predecessor after one
-period of the frame rate in the header (25 frames a second where there is none).
+than the frame before, as in joined or damaged recordings, the frame follows its predecessor after
+the median of the last five intervals (to begin with, the period of the header's frame rate). MPEG
+transport and program streams count from an arbitrary moment and may start again at another; in
+these, a leap of more than ten seconds is taken for that and closed in the same way.
 
-**Time zero** is 0, except where 0 means nothing: MPEG transport and program streams count from an
-arbitrary moment, so theirs is the start of the earliest stream. A picture before zero moves zero.
+**Time zero** is 0, except in those streams: there, it is the start of the earliest track. A picture
+before zero moves zero.
 """
 
 from __future__ import annotations
 
 import math
 from array import array
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
-from typing import cast
+from statistics import median_low
+from typing import TypeVar, cast
 
 import av
 import numpy as np
 from av.audio.stream import AudioStream
 from av.container import InputContainer
 from av.format import Flags as FormatFlags
-from av.stream import Disposition
+from av.packet import Packet
+from av.stream import Disposition, Stream
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
@@ -36,8 +41,10 @@ from tokenflow_batch.errors import VideoError
 from tokenflow_batch.video.colour import ToRgb
 from tokenflow_batch.video.facts import AudioFacts, ColourTags, VideoFacts
 
+StreamT = TypeVar("StreamT", bound=Stream)
+
 _NO_MOVING_PICTURE = Disposition.attached_pic | Disposition.timed_thumbnails
-_ARBITRARY_START = cast(int, FormatFlags.ts_discont.value)
+_FOREVER = Fraction(2**63)
 _DEFAULT_RATE = Fraction(25)
 
 
@@ -57,7 +64,7 @@ def probe(path: Path, progress: Callable[[int], None] | None = None) -> VideoFac
     """
     with open_source(path) as container:
         stream = _picture_stream(container, path)
-        decoder, clock = _Decoder(container, stream, path), _Clock(stream)
+        decoder, clock = _Decoder(container, stream, path), _Clock(container, stream)
         stamps = array("q")
         first = last = None
         for last in decoder:
@@ -70,34 +77,45 @@ def probe(path: Path, progress: Callable[[int], None] | None = None) -> VideoFac
                 f"{path}: no frame can be decoded ({decoder.damaged} damaged packets)",
                 hint="play the file: if that fails too, get another copy of it",
             )
-        pts = np.array(stamps, np.int64)
-        mirrored, rotation = _orientation(first)
-        aspect = stream.sample_aspect_ratio or Fraction(1)
-        width, height = first.width, first.height
-        if rotation % 180:
-            width, height, aspect = height, width, 1 / aspect
-        last_duration = _last_duration(last, pts, clock)
-        return VideoFacts(
-            pts=pts,
-            last_duration=last_duration,
-            time_base=clock.time_base,
-            rate=_average_rate(stream, pts, last_duration, clock.time_base),
-            origin=_origin(container, int(pts[0]), clock.time_base),
-            width=width,
-            height=height,
-            rotation=rotation,
-            mirrored=mirrored,
-            sample_aspect_ratio=aspect,
-            stream=stream.index,
-            codec=stream.codec_context.codec.canonical_name,
-            pixel_format=first.format.name,
-            colour=ColourTags(
-                first.color_primaries, first.color_trc, first.colorspace, first.color_range
-            ),
-            audio=_audio_facts(container),
-            damaged=decoder.damaged,
-            retimed=clock.retimed,
-        )
+        return _facts(container, stream, np.array(stamps, np.int64), (first, last), decoder, clock)
+
+
+def _facts(
+    container: InputContainer,
+    stream: VideoStream,
+    pts: NDArray[np.int64],
+    ends: tuple[VideoFrame, VideoFrame],
+    decoder: _Decoder,
+    clock: _Clock,
+) -> VideoFacts:
+    first, last = ends
+    mirrored, rotation = _orientation(first)
+    aspect = stream.sample_aspect_ratio or Fraction(1)
+    width, height = first.width, first.height
+    if rotation % 180:
+        width, height, aspect = height, width, 1 / aspect
+    last_duration = _last_duration(last, pts, clock)
+    return VideoFacts(
+        pts=pts,
+        last_duration=last_duration,
+        time_base=clock.time_base,
+        rate=_average_rate(stream, pts, last_duration, clock.time_base),
+        origin=_origin(container, int(pts[0]), clock.time_base),
+        width=width,
+        height=height,
+        rotation=rotation,
+        mirrored=mirrored,
+        sample_aspect_ratio=aspect,
+        stream=stream.index,
+        codec=stream.codec_context.codec.canonical_name,
+        pixel_format=first.format.name,
+        colour=ColourTags(
+            first.color_primaries, first.color_trc, first.colorspace, first.color_range
+        ),
+        audio=_audio_facts(container),
+        damaged=decoder.damaged,
+        retimed=clock.retimed,
+    )
 
 
 def read_frames(
@@ -134,7 +152,7 @@ def _frames(path: Path, facts: VideoFacts, start: int, stop: int) -> Iterator[ND
     convert = ToRgb(facts)
     with open_source(path) as container:
         stream = _picture_stream(container, path)
-        clock = _Clock(stream)
+        clock = _Clock(container, stream)
         seen = 0
         for frame in _Decoder(container, stream, path):
             if seen >= facts.frames or clock.time_of(frame) != facts.pts[seen]:
@@ -178,6 +196,37 @@ def open_source(path: Path) -> Iterator[InputContainer]:
     with container:
         _refuse_what_only_looks_like_video(container, path)
         yield container
+
+
+def demux(container: InputContainer, stream: StreamT, path: Path) -> Iterator[Packet[StreamT]]:
+    """Read the packets of one stream, and an empty one at the end.
+
+    Args:
+        container: an open file.
+        stream: one of its streams.
+        path: the file's name, for messages.
+
+    Raises:
+        av.InvalidDataError: the file's structure is damaged from here on.
+        VideoError: the file can't be read any more.
+    """
+    try:
+        yield from cast("Iterator[Packet[StreamT]]", container.demux(stream))
+    except IndexError:
+        return  # PyAV's answer, at the very end, to streams that turned up while reading
+    except av.InvalidDataError:
+        raise
+    except (av.FFmpegError, OSError) as error:
+        raise VideoError(f"{path}: reading failed: {error.strerror}") from error
+
+
+def longest_leap(container: InputContainer) -> Fraction:
+    """How many seconds apart two timestamps of a file may be and still belong to one clock."""
+    return Fraction(10) if _starts_anywhere(container) else _FOREVER
+
+
+def _starts_anywhere(container: InputContainer) -> bool:
+    return bool(container.format.flags & cast(int, FormatFlags.ts_discont.value))
 
 
 def _refuse_what_only_looks_like_video(container: InputContainer, path: Path) -> None:
@@ -229,17 +278,14 @@ class _Decoder:
         self.damaged = 0
 
     def __iter__(self) -> Iterator[VideoFrame]:
-        packets = self._container.demux(self._stream)
         try:
-            for packet in packets:  # the last, empty one drains the decoder
-                yield from self._decode(packet)
-        except av.InvalidDataError:  # the container breaks off here
+            for packet in demux(self._container, self._stream, self._path):
+                yield from self._decode(packet)  # the last, empty one drains the decoder
+        except av.InvalidDataError:
             self.damaged += 1
             yield from self._decode(None)
-        except (av.FFmpegError, OSError) as error:
-            raise VideoError(f"{self._path}: reading failed: {error.strerror}") from error
 
-    def _decode(self, packet: av.Packet[VideoStream] | None) -> list[VideoFrame]:
+    def _decode(self, packet: Packet[VideoStream] | None) -> list[VideoFrame]:
         try:
             frames = self._stream.decode(packet)
         except av.FFmpegError as error:  # decoding reads no file: whatever it is, it's the data
@@ -254,21 +300,29 @@ class _Decoder:
 class _Clock:
     """Gives each frame its time by the rule at the head of this file."""
 
-    def __init__(self, stream: VideoStream) -> None:
+    def __init__(self, container: InputContainer, stream: VideoStream) -> None:
         self.time_base = stream.time_base or 1 / _DEFAULT_RATE
         rate = stream.average_rate or stream.guessed_rate or _DEFAULT_RATE
-        self.period = max(1, round(1 / (rate * self.time_base)))
+        self._intervals = deque([max(1, round(1 / (rate * self.time_base)))], maxlen=5)
         self.retimed = 0
+        self._leap = longest_leap(container) / self.time_base
         self._last: int | None = None
 
     def time_of(self, frame: VideoFrame) -> int:
         """When the next frame is shown, in `time_base`."""
-        time = frame.pts
-        if time is None or (self._last is not None and time <= self._last):
+        time, last = frame.pts, self._last
+        if time is None or (last is not None and not last < time <= last + self._leap):
             self.retimed += 1
-            time = 0 if self._last is None else self._last + self.period
+            time = 0 if last is None else last + self.period
+        if last is not None:
+            self._intervals.append(time - last)
         self._last = time
         return time
+
+    @property
+    def period(self) -> int:
+        """How long frames have been shown lately, in `time_base`."""
+        return median_low(self._intervals)
 
 
 def _orientation(frame: VideoFrame) -> tuple[bool, int]:
@@ -305,7 +359,7 @@ def _average_rate(
 
 
 def _origin(container: InputContainer, first: int, time_base: Fraction) -> int:
-    if container.format.flags & _ARBITRARY_START and container.start_time is not None:
+    if _starts_anywhere(container) and container.start_time is not None:
         # Rounded to microseconds by FFmpeg; rounding to ticks brings the exact value back.
         return min(first, round(Fraction(container.start_time, av.time_base) / time_base))
     return min(first, 0)

@@ -31,7 +31,6 @@ from tokenflow_batch.video.reader import open_source
 
 SUFFIXES = (".mp4", ".m4v")
 _MOVIE_TIMESCALE = 1000  # FFmpeg's and QuickTime's habit
-_LARGEST_TIMESCALE = 2**31 - 1
 
 
 def join(
@@ -97,8 +96,16 @@ def _write(
             track.attach(container)
         queues: list[Iterator[Packet[Any]]] = [_picture_packets(segments, facts, picture)]
         queues += [track.packets() for track in tracks]
+        refused = 0
         for packet in heapq.merge(*queues, key=_decoding_time):
-            container.mux(packet)
+            try:
+                container.mux(packet)
+            except (av.InvalidDataError, av.ArgumentError):
+                if packet.stream is picture:
+                    raise
+                refused += 1  # AAC from a damaged transport stream, whose headers go here
+        if refused:
+            warnings.append(f"{refused} damaged packets of sound left out")
     return warnings + [sentence for track in tracks for sentence in track.warnings]
 
 
@@ -110,8 +117,11 @@ def _timescales(facts: VideoFacts, tracks: Sequence[AudioTrack]) -> dict[str, st
     # Where a track starts late, that is said in units of the movie's clock, not of the track's.
     late = [track.facts.rate for track in tracks if track.start > 0]
     movie = math.lcm(_MOVIE_TIMESCALE, *late, _start(facts).denominator)
-    if picture > _LARGEST_TIMESCALE or movie > _LARGEST_TIMESCALE:
-        raise VideoError(f"an MP4 can't count time in units of {facts.time_base} s")
+    longest = int(facts.durations().max()) * facts.time_base * picture
+    if max(picture, movie) >= 2**31 or longest >= 2**32:
+        raise VideoError(
+            f"an MP4 can't count in units of {facts.time_base} s up to {float(facts.duration)} s"
+        )
     return {
         "movflags": "+faststart",
         "video_track_timescale": str(picture),

@@ -1,0 +1,225 @@
+"""UNet rows and FLOPs per frame and stage: as planned, and as a run really makes them.
+
+    python benchmarks/rows.py MANIFEST [--json FILE]
+
+The plan's side: the calls that `tokenflow_batch.plan` lists from settings and frame count, each
+weighed on the meta device (no arithmetic is done). The run's side: rows from the commit records,
+FLOPs counted by torch while the stages run, in a work folder of their own. They must be equal; the
+exit code says so. FLOPs are those inside UNet calls: convolutions, projections, attention, and in
+official mode, which searches correspondences on the way, that search.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode, register_flop_formula, sdpa_flop_count
+
+from tokenflow_batch.config import Job, Settings, StageName
+from tokenflow_batch.geometry import Fit, plan_geometry
+from tokenflow_batch.manifest import load
+from tokenflow_batch.models import Model
+from tokenflow_batch.plan import UNetCall, rows, unet_calls
+from tokenflow_batch.runner import Runner
+from tokenflow_batch.stages.base import Advance
+from tokenflow_batch.tokenflow.attention import Hooks, tokenflow_hooks
+from tokenflow_batch.tokenflow.keyframes import Neighbours
+from tokenflow_batch.tokenflow.passes import KeyframePass, PropagationPass
+from tokenflow_batch.video import VideoFacts, probe
+
+STAGES: tuple[StageName, ...] = ("invert", "match", "edit")
+
+
+@register_flop_formula(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu)  # type: ignore[untyped-decorator]
+def _cpu_flash(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
+    """Torch counts the GPU kernels of attention, but not the CPU's."""
+    return sdpa_flop_count(q, k, v)
+
+
+class MetaUNet:
+    """A UNet without weights, to weigh calls on.
+
+    Args:
+        unet: the real one.
+        frame_shape: latent shape of a frame, (C, h, w).
+        embed_shape: text embedding shape, (T, E).
+    """
+
+    def __init__(
+        self, unet: nn.Module, frame_shape: tuple[int, ...], embed_shape: tuple[int, ...]
+    ) -> None:
+        self.unet = copy.deepcopy(unet).to("meta")
+        self.frame_shape, self.embed_shape = frame_shape, embed_shape
+
+    def flops(self, call: UNetCall) -> int:
+        """Floating-point operations of one call."""
+        with tokenflow_hooks(self.unet) as hooks:
+            if call.kind == "plain":
+                return self._count(call.rows)
+            if call.kind == "keyframes":
+                with hooks.during(self._joint(call)):
+                    return self._count(call.rows)
+            return self._propagation(hooks, call)
+
+    def _joint(self, call: UNetCall) -> KeyframePass:
+        return KeyframePass(
+            branches=call.branches,
+            inject_qk=call.qk,
+            inject_conv=False,  # copying features costs no arithmetic
+            stored_conv_KChw=None,
+            attention="sdpa",
+        )
+
+    def _propagation(self, hooks: Hooks, call: UNetCall) -> int:
+        """A small keyframe pass serves as the source of tokens: what is counted comes after it."""
+        one = UNetCall("keyframes", max(call.searched, 1), call.branches)
+        with hooks.during(self._joint(one)) as joint:
+            self._forward(one.rows)
+        tokens = [joint.outputs[site.index].shape[2] for site in hooks.sites]
+        index = [torch.zeros(call.frames, 2, n, dtype=torch.long, device="meta") for n in tokens]
+        spread = PropagationPass(
+            joint,
+            [Neighbours(0, max(call.searched, 1) - 1, 0.5)] * call.frames,
+            branches=call.branches,
+            inject_conv=False,
+            stored_conv_NChw=None,
+            stored_index=None if call.searched else index,
+            matching="torch",
+        )
+        with hooks.during(spread):
+            return self._count(call.rows)
+
+    def _count(self, n_rows: int) -> int:
+        with FlopCounterMode(display=False) as counter:
+            self._forward(n_rows)
+        return counter.get_total_flops()
+
+    def _forward(self, n_rows: int) -> Tensor:
+        x = torch.empty(n_rows, *self.frame_shape, device="meta")
+        embeds = torch.empty(n_rows, *self.embed_shape, device="meta")
+        timestep = torch.tensor(1, device="meta")
+        noise: Tensor = self.unet(x, timestep, encoder_hidden_states=embeds, return_dict=False)[0]
+        return noise
+
+
+def planned(settings: Settings, frames: int, meta: MetaUNet) -> dict[StageName, dict[str, int]]:
+    """Rows and FLOPs per stage from the plan."""
+    weights: dict[UNetCall, int] = {}
+    found: dict[StageName, dict[str, int]] = {}
+    for stage, calls in unet_calls(settings, frames).items():
+        for call in calls:
+            if call not in weights:
+                weights[call] = meta.flops(call)
+        flops = sum(weights[call] * count for call, count in calls.items())
+        found[stage] = {"rows": rows(calls), "flops": flops}
+    return found
+
+
+@contextmanager
+def _no_bar(what: str, total: int) -> Iterator[Advance]:  # noqa: ARG001
+    yield lambda n: None  # noqa: ARG005
+
+
+@contextmanager
+def counting(unet: nn.Module) -> Iterator[Callable[[], int]]:
+    """Count the FLOPs inside `unet`'s forward passes."""
+    total = 0
+    counter: FlopCounterMode | None = None
+
+    def before(module: nn.Module, args: Any) -> None:  # noqa: ARG001
+        nonlocal counter
+        counter = FlopCounterMode(display=False)
+        counter.__enter__()
+
+    def after(module: nn.Module, args: Any, output: Any) -> None:  # noqa: ARG001
+        nonlocal total
+        assert counter is not None
+        counter.__exit__(None, None, None)
+        total += counter.get_total_flops()
+
+    handles = [unet.register_forward_pre_hook(before), unet.register_forward_hook(after)]
+    try:
+        yield lambda: total
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def measured(manifest: Path) -> Iterator[tuple[Job, VideoFacts, Model, dict[str, dict[str, int]]]]:
+    """Run every job's UNet stages from nothing and count."""
+    for index, job in enumerate(load(manifest).jobs):
+        with tempfile.TemporaryDirectory() as scratch:
+            batch = load(manifest, output=Path(scratch))
+            batch = type(batch)((batch.jobs[index],), batch.output, batch.workdir, batch.runtime)
+            runner = Runner(batch, _no_bar)
+            found = {}
+            _check(runner.run(("encode",)))
+            for stage in STAGES:
+                with counting(runner.model.unet) as flops:
+                    _check(runner.run((stage,)))
+                folder = runner.folder(batch.jobs[0], stage)
+                found[stage] = {"rows": int(folder.totals().get("rows", 0)), "flops": flops()}
+            yield job, probe(job.video), runner.model, found
+
+
+def _check(results: Any) -> None:
+    for result in results:
+        if result.error is not None:
+            raise SystemExit(str(result.error))
+
+
+def compare(manifest: Path) -> list[dict[str, Any]]:
+    """Plan and run of every job of a manifest."""
+    report = []
+    for job, facts, model, run in measured(manifest):
+        s = job.settings
+        geometry = plan_geometry(
+            (facts.width, facts.height), s.resolution, Fit(s.fit), model.multiple
+        )
+        width, height = geometry.working
+        frame_shape = (model.latent_channels, height // model.vae_factor, width // model.vae_factor)
+        meta = MetaUNet(model.unet, frame_shape, tuple(model.embed(s.prompt).shape))
+        plan = planned(s, facts.frames, meta)
+        equal = all(plan[stage] == run[stage] for stage in STAGES)
+        stages = {stage: _stage(plan[stage], run[stage], facts.frames) for stage in STAGES}
+        report.append({"job": job.name, "frames": facts.frames, "equal": equal, "stages": stages})
+    return report
+
+
+def _stage(plan: Mapping[str, int], run: Mapping[str, int], frames: int) -> dict[str, float]:
+    return {
+        "rows_planned": plan["rows"],
+        "rows_run": run["rows"],
+        "rows_per_frame": plan["rows"] / frames,
+        "flops_planned": plan["flops"],
+        "flops_run": run["flops"],
+        "gflops_per_frame": plan["flops"] / frames / 1e9,
+    }
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("manifest", type=Path, metavar="MANIFEST")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result here")
+    args = parser.parse_args()
+    report = compare(args.manifest)
+    text = json.dumps(report, indent=1)
+    print(text)
+    if args.json:
+        args.json.write_text(text + "\n", encoding="utf-8")
+    sys.exit(0 if all(job["equal"] for job in report) else 1)
+
+
+if __name__ == "__main__":
+    main()

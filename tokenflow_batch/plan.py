@@ -1,0 +1,113 @@
+"""What a job will cost, before it runs: its UNet calls, from the settings and the frame count.
+
+Torch-free. The stages make exactly these calls (benchmarks/rows.py compares).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from tokenflow_batch.config import Settings, StageName
+from tokenflow_batch.tokenflow.keyframes import draw_keyframes, segments, true_neighbours
+from tokenflow_batch.tokenflow.modes import MODES, Injection, Mode, branch_count
+from tokenflow_batch.tokenflow.windows import batches, chunks, plan_windows
+
+
+@dataclass(frozen=True)
+class UNetCall:
+    """A kind of UNet evaluation.
+
+    Attributes:
+        kind: `plain` self-attention, joint `keyframes`, or `propagation`.
+        frames: frames in the batch.
+        branches: rows per frame (source, negative, target).
+        conv: whether convolution features are injected.
+        qk: whether queries and keys are injected.
+        searched: keyframes in which correspondences are searched during the call.
+    """
+
+    kind: Literal["plain", "keyframes", "propagation"]
+    frames: int
+    branches: int = 1
+    conv: bool = False
+    qk: bool = False
+    searched: int = 0
+
+    @property
+    def rows(self) -> int:
+        """Batch rows through the UNet, the noise-free measure of work."""
+        return self.frames * self.branches
+
+
+Calls = Mapping[UNetCall, int]
+"""How often each kind of call is made."""
+
+
+def rows(calls: Calls) -> int:
+    """UNet rows in all."""
+    return sum(call.rows * count for call, count in calls.items())
+
+
+def injection_of(settings: Settings) -> Injection:
+    """The injection thresholds in steps: none for SDEdit."""
+    if settings.technique != "pnp":
+        return Injection()
+    return Injection.pnp(settings.steps, settings.attn_t, settings.f_t)
+
+
+def unet_calls(settings: Settings, frames: int) -> dict[StageName, Calls]:
+    """Every UNet call of the stages that make any, for a clip of `frames` frames."""
+    mode = MODES[settings.mode]
+    return {
+        "invert": _invert(settings, frames),
+        "match": _match(settings, frames) if mode.stored_source else Counter(),
+        "edit": _edit(settings, frames, mode),
+    }
+
+
+def _plain(items: Sequence[int], batch: int) -> Counter[UNetCall]:
+    return Counter(UNetCall("plain", len(b)) for b in batches(items, batch))
+
+
+def _times(calls: Calls, count: int) -> Counter[UNetCall]:
+    return Counter({call: n * count for call, n in calls.items()})
+
+
+def _invert(s: Settings, frames: int) -> Counter[UNetCall]:
+    evaluations = s.inversion_steps * (1 + s.inversion_iterations)
+    total: Counter[UNetCall] = Counter()
+    for chunk in chunks(frames, s.chunk_frames):
+        total += _times(_plain(chunk.frames, s.unet_batch), evaluations)
+    return total
+
+
+def _match(s: Settings, frames: int) -> Counter[UNetCall]:
+    segs, total = segments(frames, s.segment_length), Counter[UNetCall]()
+    for step in range(s.steps):
+        drawn = draw_keyframes(s.keyframe_seed, step, segs)
+        for chunk in chunks(frames, s.chunk_frames):
+            near = [true_neighbours(f, drawn, s.segment_length) for f in chunk.frames]
+            keyframes = {drawn[k] for n in near for k in (n.first, n.second)}
+            total += _plain(sorted(keyframes), s.unet_batch)
+            total += _plain([f for f in chunk.frames if f not in keyframes], s.unet_batch)
+    return total
+
+
+def _edit(s: Settings, frames: int, mode: Mode) -> Counter[UNetCall]:
+    injection, total = injection_of(s), Counter[UNetCall]()
+    for step in range(s.first_step, s.steps):
+        drawn = draw_keyframes(s.keyframe_seed, step, segments(frames, s.segment_length))
+        conv, qk = step < injection.conv_steps, step < injection.qk_steps
+        joint = branch_count(mode, injection, step, keyframe_pass=True)
+        spread = branch_count(mode, injection, step, keyframe_pass=False)
+        for window in plan_windows(frames, s.segment_length):
+            total[UNetCall("keyframes", len(window.segments), joint, conv, qk)] += 1
+            for batch in batches(range(window.start, window.stop), s.segment_length):
+                near = [mode.neighbours(f, drawn, s.segment_length) for f in batch]
+                keyframes = {k for n in near for k in (n.first, n.second)}
+                searched = 0 if mode.stored_source else len(keyframes)
+                total[UNetCall("propagation", len(batch), spread, conv, searched=searched)] += 1
+    return total
