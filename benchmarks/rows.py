@@ -38,9 +38,10 @@ from tokenflow_batch.tokenflow.passes import KeyframePass, PropagationPass
 from tokenflow_batch.video import VideoFacts, probe
 
 STAGES: tuple[StageName, ...] = ("invert", "match", "edit")
+Counts = dict[StageName, dict[str, int]]
 
 
-@register_flop_formula(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu)  # type: ignore[untyped-decorator]
+@register_flop_formula(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu)
 def _cpu_flash(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
     """Torch counts the GPU kernels of attention, but not the CPU's."""
     return sdpa_flop_count(q, k, v)
@@ -112,10 +113,10 @@ class MetaUNet:
         return noise
 
 
-def planned(settings: Settings, frames: int, meta: MetaUNet) -> dict[StageName, dict[str, int]]:
+def planned(settings: Settings, frames: int, meta: MetaUNet) -> Counts:
     """Rows and FLOPs per stage from the plan."""
     weights: dict[UNetCall, int] = {}
-    found: dict[StageName, dict[str, int]] = {}
+    found: Counts = {}
     for stage, calls in unet_calls(settings, frames).items():
         for call in calls:
             if call not in weights:
@@ -155,14 +156,14 @@ def counting(unet: nn.Module) -> Iterator[Callable[[], int]]:
             handle.remove()
 
 
-def measured(manifest: Path) -> Iterator[tuple[Job, VideoFacts, Model, dict[str, dict[str, int]]]]:
+def measured(manifest: Path) -> Iterator[tuple[Job, VideoFacts, Model, Counts]]:
     """Run every job's UNet stages from nothing and count."""
     for index, job in enumerate(load(manifest).jobs):
         with tempfile.TemporaryDirectory() as scratch:
             batch = load(manifest, output=Path(scratch))
             batch = type(batch)((batch.jobs[index],), batch.output, batch.workdir, batch.runtime)
             runner = Runner(batch, _no_bar)
-            found = {}
+            found: Counts = {}
             _check(runner.run(("encode",)))
             for stage in STAGES:
                 with counting(runner.model.unet) as flops:
