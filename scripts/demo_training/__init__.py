@@ -1,0 +1,1 @@
+"""How the demo model is trained: one module per stage of `scripts/train_demo_model.py`."""

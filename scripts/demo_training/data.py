@@ -1,0 +1,148 @@
+"""Training data as pure functions of (seed, index): nothing to store but a cache of latents.
+
+Tensor suffixes: N samples, C channels, H and W pixels, h and w latent pixels.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from enum import IntEnum
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from accelerate import PartialState
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+from tokenflow_batch.demo.scenes import FULL, SHIPPED, Domain, SceneParams, render, sample
+
+_LATENTS: Final = "latents.npy"
+_DESCRIPTION: Final = "cache.json"
+
+
+class Stream(IntEnum):
+    """Kinds of draws; each has random numbers of its own."""
+
+    SCENES = 0
+    VAE = 1
+    UNET = 2
+    HELD_OUT = 3
+
+
+def generator(seed: int, stream: Stream, *indices: int) -> np.random.Generator:
+    """Random numbers that depend on the arguments alone, never on what was drawn before.
+
+    That is what lets an interrupted training go on with the very batches it would have seen.
+    """
+    return np.random.default_rng([seed, stream, *indices])
+
+
+def scene(seed: int, stream: Stream, index: int, domain: Domain) -> SceneParams:
+    """The `index`-th scene of a stream."""
+    return sample(generator(seed, stream, index), domain)
+
+
+def images(scenes: Iterable[SceneParams], size: int) -> Tensor:
+    """Render scenes.
+
+    Args:
+        scenes: N of them.
+        size: side in pixels.
+
+    Returns:
+        (N, 3, H, W) float32 in [-1, 1], quantised to 8 bits as a video's frames would be.
+    """
+    stack_NHWC = np.stack([render(params, size)[0] for params in scenes])
+    pixels_NCHW = torch.from_numpy(np.rint(stack_NHWC * 255)).permute(0, 3, 1, 2).contiguous()
+    return pixels_NCHW / 127.5 - 1
+
+
+@dataclass(frozen=True)
+class LatentCache:
+    """Scenes encoded once, for all epochs of the UNet.
+
+    Attributes:
+        folder: with latents.npy, (count, 4, h, w) float32, and cache.json, the fields below.
+        seed: of the scenes.
+        count: scenes in all.
+        size: side of their images in pixels.
+        full: whether the scenes cover the full domain rather than the shipped weights'.
+    """
+
+    folder: Path
+    seed: int
+    count: int
+    size: int
+    full: bool
+
+    @classmethod
+    def open(cls, folder: Path) -> LatentCache:
+        """Find a cache that is complete.
+
+        Raises:
+            FileNotFoundError: there is none.
+        """
+        return cls(folder, **json.loads((folder / _DESCRIPTION).read_text()))
+
+    def array(self) -> npt.NDArray[np.float32]:
+        """The latents, scaled to unit variance: (count, 4, h, w) float32, mapped, read-only."""
+        latents_NChw: npt.NDArray[np.float32] = np.load(self.folder / _LATENTS, mmap_mode="r")
+        return latents_NChw
+
+    def scene(self, index: int) -> SceneParams:
+        """What the `index`-th latents show."""
+        return scene(self.seed, Stream.SCENES, index, FULL if self.full else SHIPPED)
+
+    def create(self, downscale: int) -> None:
+        """Make the file of latents, all zeros; `downscale` is pixels per latent pixel."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / _DESCRIPTION).unlink(missing_ok=True)
+        shape = (self.count, 4, self.size // downscale, self.size // downscale)
+        path = self.folder / _LATENTS
+        np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape).flush()
+
+    @torch.inference_mode()
+    def fill(self, vae: AutoencoderKL, rank: int, processes: int, batch: int = 32) -> None:
+        """Encode one process's share of the scenes with an AutoencoderKL, `batch` at a time."""
+        latents_NChw = np.lib.format.open_memmap(self.folder / _LATENTS, mode="r+")
+        first, last = self.count * rank // processes, self.count * (rank + 1) // processes
+        for start in range(first, last, batch):
+            stop = min(start + batch, last)
+            pixels = images((self.scene(i) for i in range(start, stop)), self.size)
+            # The posterior's mean: its noise would only blur what the UNet has to learn.
+            mean = vae.encode(pixels.to(vae.device)).latent_dist.mode()
+            latents_NChw[start:stop] = (mean * vae.config.scaling_factor).cpu().numpy()
+        latents_NChw.flush()
+
+    def describe(self) -> str:
+        """The scenes as JSON: what decides the content but for the autoencoder."""
+        return json.dumps({k: v for k, v in asdict(self).items() if k != "folder"})
+
+    def finish(self) -> None:
+        """Declare the cache complete, once every process has filled its share."""
+        (self.folder / _DESCRIPTION).write_text(self.describe())
+
+
+def encode_scenes(vae_folder: Path, cache: LatentCache) -> None:
+    """Stage `latents`: fill a cache, each process its share.
+
+    Args:
+        vae_folder: a saved AutoencoderKL.
+        cache: where to and what of.
+    """
+    state = PartialState(cpu=not torch.cuda.is_available())
+    vae = AutoencoderKL.from_pretrained(vae_folder).to(state.device).eval()
+    if state.is_main_process:
+        cache.create(2 ** (len(vae.config.block_out_channels) - 1))
+    state.wait_for_everyone()
+    cache.fill(vae, state.process_index, state.num_processes)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        cache.finish()
+        latents_NChw = cache.array()
+        print(f"{cache.count} latents, deviation {latents_NChw.std():.3f}", flush=True)

@@ -1,0 +1,57 @@
+"""Saving what is released: a Stable Diffusion pipeline folder in half precision."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from transformers import CLIPTextModel, CLIPTokenizer
+
+
+def make_readable(folder: Path) -> None:
+    """Give every file below a folder mode 0644: some libraries save with 0600."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(0o644)
+
+
+def save_pipeline(
+    folder: Path,
+    *,
+    vae: AutoencoderKL,
+    text_encoder: CLIPTextModel,
+    tokenizer: Path,
+    unet: UNet2DConditionModel,
+    scheduler: DDIMScheduler,
+) -> None:
+    """Save a text-to-image pipeline with fp16 weights (`variant="fp16"`, safetensors).
+
+    Args:
+        folder: destination; files of the same names are replaced.
+        vae: turns latents into images; like the other models it is cast to float16 in place.
+        text_encoder: turns tokens into the UNet's conditions.
+        tokenizer: folder of the CLIPTokenizer; its files are copied as they are.
+        unet: predicts noise.
+        scheduler: of the sampling; its noise schedule must be the training's.
+    """
+    pipeline = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=CLIPTokenizer.from_pretrained(tokenizer),
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).to(torch.float16)
+    pipeline.save_pretrained(folder, variant="fp16", safe_serialization=True)
+    # Saving again would leave out what earlier versions of transformers read.
+    shutil.copytree(tokenizer, folder / "tokenizer", dirs_exist_ok=True)
+    make_readable(folder)
