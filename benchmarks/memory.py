@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from tokenflow_batch.config import STAGES, StageName
 
@@ -69,21 +70,17 @@ def peak(folder: Path, stage: StageName, *, leak: bool = False) -> int:
 @contextmanager
 def leaking_frames() -> Iterator[None]:
     """Make `encode` keep every frame it reads, as a careless list would."""
-    from tokenflow_batch.stages import encode
+    from tokenflow_batch.video import read_frames
 
     kept: list[Any] = []
-    honest = encode.read_frames
 
     def hoarding(*args: Any) -> Iterator[Any]:
-        for frame in honest(*args):
+        for frame in read_frames(*args):
             kept.append(frame.copy())
             yield frame
 
-    encode.read_frames = hoarding
-    try:
+    with patch("tokenflow_batch.stages.encode.read_frames", hoarding):
         yield
-    finally:
-        encode.read_frames = honest
 
 
 def run_child(stage: StageName, manifest: Path, *, leak: bool) -> None:
@@ -131,7 +128,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.child:
         run_child(args.child[0], Path(args.child[1]), leak=args.leak)
-    stages = measure(*args.frames, args.size)
+    short, long = args.frames
+    stages = measure(short, long, args.size)
     flat = {name: stages[name]["bytes_per_frame"] <= BOUND for name in FLAT}
     caught = stages[LEAKING]["bytes_per_frame"] > BOUND
     report = {

@@ -18,6 +18,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,7 @@ class MetaUNet:
             inject_conv=False,  # copying features costs no arithmetic
             stored_conv_KChw=None,
             attention="sdpa",
+            keep_tokens=call.branches == 3,
         )
 
     def _propagation(self, hooks: Hooks, call: UNetCall) -> int:
@@ -118,10 +120,14 @@ def planned(settings: Settings, frames: int, meta: MetaUNet) -> Counts:
     weights: dict[UNetCall, int] = {}
     found: Counts = {}
     for stage, calls in unet_calls(settings, frames).items():
-        for call in calls:
-            if call not in weights:
-                weights[call] = meta.flops(call)
-        flops = sum(weights[call] * count for call, count in calls.items())
+        flops = 0
+        for call, count in calls.items():
+            # Frames of a batch don't see each other, save keyframes: weigh one of them.
+            alike = call.frames if call.kind != "keyframes" else 1
+            one = replace(call, frames=call.frames // alike, conv=False)
+            if one not in weights:
+                weights[one] = meta.flops(one)
+            flops += weights[one] * alike * count
         found[stage] = {"rows": rows(calls), "flops": flops}
     return found
 
@@ -168,7 +174,7 @@ def measured(manifest: Path) -> Iterator[tuple[Job, VideoFacts, Model, Counts]]:
             for stage in STAGES:
                 with counting(runner.model.unet) as flops:
                     _check(runner.run((stage,)))
-                folder = runner.folder(batch.jobs[0], stage)
+                folder = runner.context(batch.jobs[0]).folder(stage)
                 found[stage] = {"rows": int(folder.totals().get("rows", 0)), "flops": flops()}
             yield job, probe(job.video), runner.model, found
 

@@ -70,18 +70,18 @@ class DigestMemory:
     def _load(self) -> dict[str, dict[str, Any]]:
         if self._known is None:
             try:
-                self._known = json.loads(self._path.read_text("utf-8"))
+                known = json.loads(self._path.read_text("utf-8"))
             except (OSError, ValueError):
-                self._known = {}  # only a memory: losing it costs reading the files again
-        assert self._known is not None  # noqa: S101
+                known = {}  # only a memory: losing it costs reading the files again
+            self._known = known if isinstance(known, dict) else {}
         return self._known
 
     def peek(self, file: Path) -> str | None:
         """The digest if the file is remembered and unchanged, without reading it."""
         try:
-            entry = self._load().get(str(file.resolve()))
-            return entry["sha256"] if entry and entry["stat"] == _stat(file) else None
-        except OSError:
+            entry = self._load()[str(file.resolve())]
+            return str(entry["sha256"]) if entry["stat"] == _stat(file) else None
+        except (OSError, KeyError, TypeError):
             return None
 
     def digest(self, file: Path) -> str:

@@ -67,11 +67,11 @@ class StageFolder:
             DamagedUnit: there is a record, but it can't be read.
         """
         try:
-            text = self._record_path(unit).read_text("utf-8")
+            data = self._record_path(unit).read_bytes()
         except FileNotFoundError:
             return None
         try:
-            return Record.from_json(json.loads(text))
+            return Record.from_json(json.loads(data))
         except (ValueError, KeyError, TypeError, AttributeError):
             raise self._damage(unit, "its commit record is not readable") from None
 

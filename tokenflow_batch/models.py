@@ -24,6 +24,7 @@ from tokenflow_batch.model_files import ModelFiles
 from tokenflow_batch.tokenflow.attention import AttentionBackend, choose_attention
 from tokenflow_batch.tokenflow.correspondence import Backend, choose_backend
 from tokenflow_batch.tokenflow.ddim import Schedule
+from tokenflow_batch.tokenflow.injection import attention_sites, conv_module
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -114,6 +115,11 @@ class Model:
         self.latent_channels: int = vae.latent_channels
         self.vae_factor = 2 ** (len(vae.block_out_channels) - 1)
         self.multiple = self.vae_factor * 2 ** (len(unet.block_out_channels) - 1)
+        try:
+            attention_sites(self.unet)
+            conv_module(self.unet)
+        except ValueError as error:
+            raise ModelError(str(error)) from None
         if unet.in_channels != self.latent_channels:
             raise ModelError(
                 f"the UNet takes {unet.in_channels} channels and the VAE gives "

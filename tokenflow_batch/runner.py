@@ -23,12 +23,12 @@ from tokenflow_batch.errors import (
     LockedError,
     MissingInput,
     OutOfMemoryError,
+    StoreError,
     TokenflowBatchError,
     disk_full,
 )
 from tokenflow_batch.files import replacing
 from tokenflow_batch.inputs import Inputs
-from tokenflow_batch.ledger import StageFolder
 from tokenflow_batch.models import Compute, Model, load, resolve
 from tokenflow_batch.stages import IMPLEMENTATIONS
 from tokenflow_batch.stages.base import Progress, StageContext
@@ -36,6 +36,8 @@ from tokenflow_batch.stages.render import VIDEO_FILE
 from tokenflow_batch.stages.report import METRICS, SHEET, SIDE_BY_SIDE
 
 log = logging.getLogger("tokenflow_batch")
+
+_NO_MEMORY = "DefaultCPUAllocator: can't allocate memory"  # torch has no class for it
 
 
 @dataclass
@@ -90,8 +92,6 @@ class Runner:
             results.append(result)
             try:
                 self._job(result, stages, force, forced)
-            except TokenflowBatchError as error:
-                result.error = error
             except Exception as error:  # the batch goes on, whatever it was
                 result.error = self._translate(job, error)
             if result.error is not None:
@@ -105,17 +105,7 @@ class Runner:
         force: Sequence[StageName],
         forced: set[Path],
     ) -> None:
-        job = result.job
-        keys = self.inputs.keys(job)
-        context = StageContext(
-            job=job,
-            keys=keys,
-            workspace=self.inputs.workspace,
-            compute=self.compute,
-            model=lambda: self.model,
-            progress=lambda what, total: self.progress(f"{job.name} {what}", total),
-            warn=log.warning,
-        )
+        job, context = result.job, self.context(result.job)
         for stage in force:
             folder = context.folder(stage).folder
             if folder not in forced:
@@ -174,10 +164,21 @@ class Runner:
             self._model = load(self.inputs.model, self.compute)
         return self._model
 
-    def folder(self, job: Job, stage: StageName) -> StageFolder:
-        """Where a stage of a job keeps its result."""
-        key = self.inputs.keys(job)[stage].key
-        return StageFolder(self.inputs.workspace.stage(stage, key), stage, key)
+    def context(self, job: Job) -> StageContext:
+        """What the job's stages work with; also the way to their results.
+
+        Raises:
+            VideoError: the video can't be read.
+        """
+        return StageContext(
+            job=job,
+            keys=self.inputs.keys(job),
+            workspace=self.inputs.workspace,
+            compute=self.compute,
+            model=lambda: self.model,
+            progress=lambda what, total: self.progress(f"{job.name} {what}", total),
+            warn=log.warning,
+        )
 
     def _publish(self, context: StageContext, stages: Sequence[StageName]) -> list[Path]:
         """Copy a job's results to the output folder; each file appears whole or not at all."""
@@ -197,17 +198,24 @@ class Runner:
         return outputs
 
     def _translate(self, job: Job, error: Exception) -> TokenflowBatchError:
-        """Any other exception as a message; the traceback goes to a file."""
+        """Any exception as a message; the traceback of what nobody foresaw goes to a file."""
         if disk_full(error):
             return DiskFullError(
                 f"no space left on the device while working on {job.name}",
                 hint="free some space and run again: what is committed stays; "
                 f"work files lie in {self.inputs.workspace.work}",
             )
-        if isinstance(error, MemoryError | torch.cuda.OutOfMemoryError):
+        if isinstance(error, TokenflowBatchError):
+            return error
+        if isinstance(error, MemoryError | torch.cuda.OutOfMemoryError) or _NO_MEMORY in str(error):
             return OutOfMemoryError(
                 f"out of memory: {str(error).splitlines()[0] if str(error) else 'host'}",
                 hint="lower `unet_batch`, `vae_batch`, `segment_length` or `resolution`",
+            )
+        if isinstance(error, OSError) and error.filename is not None:
+            return StoreError(
+                f"{error.filename}: {error.strerror}",
+                hint="check that the output and work folders are folders that can be written",
             )
         path = self.inputs.workspace.work / "logs" / f"{job.clip}.{job.edit}.traceback.txt"
         text = "".join(traceback.format_exception(error))

@@ -17,7 +17,7 @@ from typing import Any, Literal, Protocol, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from tokenflow_batch.tokenflow.injection import CONV_SITE, Site, attention_sites
+from tokenflow_batch.tokenflow.injection import Site, attention_sites, conv_module
 
 P = TypeVar("P", bound="Pass")
 AttentionBackend = Literal["sdpa", "xformers", "eager"]
@@ -143,7 +143,7 @@ def tokenflow_hooks(unet: nn.Module, attention: AttentionBackend = "sdpa") -> It
     hooks = Hooks(attention_sites(unet), attention)
     modules = [unet.get_submodule(site.name) for site in hooks.sites]
     originals: list[Any] = [m.processor for m in modules]
-    conv = unet.get_submodule(CONV_SITE)
+    conv = conv_module(unet)
 
     def on_conv(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:  # noqa: ARG001
         return None if hooks.active is None else hooks.active.conv_features(output)

@@ -39,7 +39,7 @@ def faiss_available(device_type: str) -> bool:
 def choose_backend(wanted: str, device_type: str) -> Backend:
     """Resolve `auto`: FAISS on a GPU that it supports, the torch twin elsewhere.
 
-    On CPU the twin's matrix product is the faster one (benchmarks/kernels.py).
+    On a CPU neither is faster at all sizes (benchmarks/kernels.py); the twin needs no package more.
 
     Raises:
         ValueError: `faiss` was asked for and isn't there for this device.

@@ -165,6 +165,7 @@ def _keyframe_pass(
         inject_conv=conv_on,
         stored_conv_KChw=inputs.conv(keyframes) if stored else None,
         attention=hooks.attention,
+        keep_tokens=not settings.mode.stored_source,
     )
 
 

@@ -72,18 +72,27 @@ def attention_sites(unet: nn.Module) -> tuple[Site, ...]:
     )
 
 
+def conv_module(unet: nn.Module) -> nn.Module:
+    """The convolution at `CONV_SITE`.
+
+    Raises:
+        ValueError: the UNet lacks that layer.
+    """
+    try:
+        return unet.get_submodule(CONV_SITE)
+    except AttributeError:
+        raise ValueError(
+            f"the UNet has no {CONV_SITE}: PnP needs the SD 1.x / 2.x layout"
+        ) from None
+
+
 def conv_shape(unet: nn.Module, latent_hw: tuple[int, int]) -> tuple[int, int, int]:
     """(C, h, w) of the convolution features at `CONV_SITE`.
 
     Raises:
         ValueError: the UNet lacks that layer.
     """
-    try:
-        conv = unet.get_submodule(CONV_SITE)
-    except AttributeError:
-        raise ValueError(
-            f"the UNet has no {CONV_SITE}: PnP needs the SD 1.x / 2.x layout"
-        ) from None
+    conv = conv_module(unet)
     level = _level(CONV_SITE, len(_config(unet)["block_out_channels"]))
     h, w = (-(-side // 2**level) for side in latent_hw)
     return int(conv.out_channels), h, w  # type: ignore[arg-type]

@@ -78,7 +78,7 @@ class KeyframePass:
 
     Attributes:
         outputs: per site, the self-attention output after `to_out`, (R, K, L, C).
-        tokens: per site, the source branch's φ (K, L, C), when the batch has that branch.
+        tokens: per site, the source branch's φ (K, L, C), if `keep_tokens`.
     """
 
     def __init__(
@@ -89,11 +89,15 @@ class KeyframePass:
         inject_conv: bool,
         stored_conv_KChw: Tensor | None,
         attention: AttentionBackend,
+        keep_tokens: bool = False,
     ) -> None:
         if inject_qk and branches != 3:
             raise ValueError("injecting queries and keys needs the source branch in the batch")
+        if keep_tokens and branches != 3:
+            raise ValueError("keeping source tokens needs the source branch in the batch")
         self.branches, self.inject_qk, self.inject_conv = branches, inject_qk, inject_conv
         self.stored_conv_KChw, self.attention = stored_conv_KChw, attention
+        self.keep_tokens = keep_tokens
         self.outputs: dict[int, Tensor] = {}
         self.tokens: dict[int, Tensor] = {}
 
@@ -107,7 +111,7 @@ class KeyframePass:
         """Extended attention; keeps the output for the propagation pass."""
         rows, tokens, _ = tokens_NLC.shape
         keyframes = rows // self.branches
-        if self.branches == 3:
+        if self.keep_tokens:
             self.tokens[site.index] = tokens_NLC[:keyframes]
         q_RKHLD, k_RKHLD, v_RKHLD = (
             split_heads(project(tokens_NLC), attn.heads).unflatten(0, (self.branches, keyframes))

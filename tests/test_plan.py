@@ -1,0 +1,58 @@
+"""The plan lists exactly the UNet calls that a run makes: rows and FLOPs."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tokenflow_batch.config import Settings
+from tokenflow_batch.demo.job import write_clip
+from tokenflow_batch.demo.scenes import Clip
+from tokenflow_batch.plan import rows, unet_calls
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+from rows import compare
+
+EDITS = {
+    "pnp": {"attn_t": 0.5, "f_t": 1.0},
+    "official": {"mode": "official", "inversion_iterations": 0, "inversion_steps": 4},
+}
+
+
+@pytest.mark.slow
+def test_plan_equals_run(tiny_model, tmp_path):
+    write_clip(tmp_path / "clip.mp4", Clip.random(1, 7, 64))
+    manifest = {
+        "version": 1,
+        "model": str(tiny_model),
+        "output": "out",
+        "defaults": {"steps": 2, "segment_length": 3, "chunk_frames": 4, "unet_batch": 3},
+        "clips": [
+            {
+                "video": "clip.mp4",
+                "edits": [{"name": n, "prompt": "a red ball", **e} for n, e in EDITS.items()],
+            }
+        ],
+    }
+    path = tmp_path / "manifest.yaml"
+    path.write_text(yaml.safe_dump(manifest), encoding="utf-8")
+    report = {job["job"]: job for job in compare(path)}
+    assert len(report) == len(EDITS)
+    assert all(job["equal"] for job in report.values()), report
+    assert all(job["stages"]["edit"]["flops_run"] > 0 for job in report.values())
+
+
+def test_balanced_rows_per_frame():
+    """25 × 1 inversion, one match evaluation a step, and an edit on two branches."""
+    frames = 128
+    per_frame = {s: rows(c) / frames for s, c in unet_calls(Settings(), frames).items()}
+    assert per_frame["invert"] == 50
+    assert per_frame["match"] == pytest.approx(25, rel=0.02)  # keyframes just outside a chunk
+    assert per_frame["edit"] == 25 * (2 + 2 / 8) + 12 / 8
+
+
+def test_planning_does_not_import_torch():
+    code = "import sys, tokenflow_batch.plan; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
