@@ -1,0 +1,199 @@
+"""TokenFlow once more, slow and plain, to compare the package with.
+
+Written from the method's description alone: loops over branches, frames, heads and tokens, an
+attention processor of its own, nothing of the package imported.
+
+In float64, so that no two tokens are equally near but for rounding; the latents between steps are
+float32, as in the package.
+
+Letters: T steps, F frames, K keyframes, B frames a segment, L tokens, C channels.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+
+QK_BLOCKS = [(1, 1), (1, 2), (2, 0), (2, 1), (2, 2), (3, 0), (3, 1), (3, 2)]
+
+
+@dataclass
+class Reference:
+    """One edit.
+
+    official: as the published code: correspondences found on the way, neighbours b and b−1, weights
+        by segment centres through a sigmoid, source rows in every batch. Otherwise: features of a
+        pass over the source, both true neighbours, linear weights.
+    """
+
+    unet: torch.nn.Module
+    prediction: str
+    length: int
+    guidance: float
+    qk_steps: int
+    conv_steps: int
+    official: bool
+    kind: str = "plain"
+    step: int = 0
+    keyframes: list = field(default_factory=list)
+    frames: list = field(default_factory=list)
+    keyframe_tokens: dict = field(default_factory=dict)
+    keyframe_outputs: dict = field(default_factory=dict)
+    source_tokens: dict = field(default_factory=dict)
+    source_conv: torch.Tensor | None = None
+
+    def edit(self, timesteps, alphas, final_alpha, x, source, embeds, keyframes):
+        """Latents after each step, (T, F, C, h, w); `source` is (T, F, C, h, w)."""
+        plain = dict(self.unet.attn_processors)
+        mine = {
+            n: _Processor(self, n) if n.endswith("attn1.processor") else p for n, p in plain.items()
+        }
+        self.unet.set_attn_processor(mine)
+        conv = self.unet.up_blocks[1].resnets[1].conv2.register_forward_hook(self._on_conv)
+        after = []
+        try:
+            for self.step, t in enumerate(timesteps):
+                self.keyframes = [int(k) for k in keyframes[self.step]]
+                noise = self._window(x, source[self.step], t, alphas[self.step], embeds)
+                a = alphas[self.step]
+                b = alphas[self.step + 1] if self.step + 1 < len(alphas) else final_alpha
+                clean = (x - math.sqrt(1 - a) * noise) / math.sqrt(a)
+                x = math.sqrt(b) * clean + math.sqrt(1 - b) * noise
+                after.append(x)
+        finally:
+            conv.remove()
+            self.unet.set_attn_processor(plain)
+        return torch.stack(after)
+
+    def _window(self, x, source, t, alpha, embeds):
+        if not self.official:
+            self.kind, self.frames = "source", list(range(len(x)))
+            self._evaluate(source, [embeds[0]] * len(x), t, alpha)
+        ks = self.keyframes
+        self.kind, self.frames = "keyframes", ks
+        self._evaluate(
+            torch.cat([source[ks], x[ks], x[ks]]),
+            [embeds[r] for r in range(3) for _ in ks],
+            t,
+            alpha,
+        )
+        self.kind, guided = "frames", []
+        for start in range(0, len(x), self.length):
+            self.frames = list(range(start, min(start + self.length, len(x))))
+            noise = self._evaluate(
+                torch.cat([source[self.frames], x[self.frames], x[self.frames]]),
+                [embeds[r] for r in range(3) for _ in self.frames],
+                t,
+                alpha,
+            )
+            _, negative, target = noise.chunk(3)
+            guided.append(negative + self.guidance * (target - negative))
+        self.kind = "plain"
+        return torch.cat(guided)
+
+    @torch.no_grad()
+    def _evaluate(self, x, embeds, t, alpha):
+        out = self.unet(x.double(), t, encoder_hidden_states=torch.stack(embeds).double()).sample
+        out = out.float()
+        if self.prediction == "v_prediction":
+            return math.sqrt(alpha) * out + math.sqrt(1 - alpha) * x
+        return out
+
+    def _on_conv(self, _module, _args, output):
+        if self.kind == "source":
+            self.source_conv = output
+        if self.kind in ("plain", "source") or self.step >= self.conv_steps:
+            return output
+        source, *others = output.chunk(3)
+        injected = source if self.official else self.source_conv[self.frames]
+        others = [injected for _ in others]
+        return torch.cat([source, *others])
+
+    def attention(self, name, attn, tokens):
+        if self.kind == "source":
+            self.source_tokens[name] = tokens
+            return torch.stack([_attend(attn, x, x, x) for x in tokens])
+        branches = tokens.chunk(3)
+        if self.kind == "keyframes":
+            self.keyframe_tokens[name] = branches[0]
+            self.keyframe_outputs[name] = self._joint(name, attn, branches)
+            return torch.cat(self.keyframe_outputs[name])
+        return self._propagated(name, branches)
+
+    def _joint(self, name, attn, branches):
+        inject = self.step < self.qk_steps and any(
+            name.startswith(f"up_blocks.{b}.attentions.{a}.") for b, a in QK_BLOCKS
+        )
+        outputs = [torch.stack([_attend(attn, x, x, x) for x in branches[0]])]
+        for branch in branches[1:]:
+            asking = branches[0] if inject else branch
+            everyone = asking.reshape(-1, asking.shape[-1])
+            values = branch.reshape(-1, branch.shape[-1])
+            outputs.append(torch.stack([_attend(attn, x, everyone, values) for x in asking]))
+        return outputs
+
+    def _propagated(self, name, branches):
+        rows = [[], [], []]
+        for position, frame in enumerate(self.frames):
+            here = branches[0][position] if self.official else self.source_tokens[name][frame]
+            for branch in range(3):
+                blend = 0
+                for k, weight in self._neighbours(frame):
+                    there = (
+                        self.keyframe_tokens[name][k]
+                        if self.official
+                        else self.source_tokens[name][self.keyframes[k]]
+                    )
+                    index = _nearest(here, there)
+                    if not self.official and self.keyframes[k] == frame:
+                        index = torch.arange(len(here))
+                    blend = blend + weight * self.keyframe_outputs[name][branch][k][index]
+                rows[branch].append(blend)
+        return torch.stack([x for branch in rows for x in branch])
+
+    def _neighbours(self, frame):
+        """[(keyframe's position, weight)]"""
+        if self.official:
+            b = frame // self.length
+            if b == 0:
+                return [(0, 1.0)]
+            p1 = b * self.length + self.length // 2
+            p2 = (b - 1) * self.length + self.length // 2
+            d1, d2 = abs(frame - p1), abs(frame - p2)
+            w = 1 / (1 + math.exp(-d2 / (d1 + d2)))
+            return [(b, w), (b - 1, 1 - w)]
+        before = [i for i, k in enumerate(self.keyframes) if k <= frame]
+        after = [i for i, k in enumerate(self.keyframes) if k >= frame]
+        if not before:
+            return [(after[0], 1.0)]
+        if not after or self.keyframes[before[-1]] == frame:
+            return [(before[-1], 1.0)]
+        a, b = self.keyframes[before[-1]], self.keyframes[after[0]]
+        return [(before[-1], (b - frame) / (b - a)), (after[0], (frame - a) / (b - a))]
+
+
+class _Processor:
+    def __init__(self, reference, name):
+        self.reference, self.name = reference, name
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None):
+        assert encoder_hidden_states is None
+        assert attention_mask is None
+        return self.reference.attention(self.name, attn, hidden_states)
+
+
+def _attend(attn, queries, keys, values):
+    q, k, v = attn.to_q(queries), attn.to_k(keys), attn.to_v(values)
+    width = q.shape[-1] // attn.heads
+    heads = []
+    for h in range(attn.heads):
+        part = slice(h * width, (h + 1) * width)
+        logits = q[:, part] @ k[:, part].T * width**-0.5
+        heads.append(logits.softmax(dim=-1) @ v[:, part])
+    return attn.to_out[0](torch.cat(heads, dim=-1))
+
+
+def _nearest(here, there):
+    here = here / here.norm(dim=-1, keepdim=True)
+    there = there / there.norm(dim=-1, keepdim=True)
+    return (here @ there.T).argmax(dim=1)

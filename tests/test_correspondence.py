@@ -1,0 +1,171 @@
+"""Nearest neighbours by cosine: FAISS and its torch twin under one suite, against brute force."""
+
+import numpy as np
+import pytest
+import torch
+
+from tokenflow_batch.tokenflow import correspondence
+from tokenflow_batch.tokenflow.correspondence import (
+    choose_backend,
+    index_dtype,
+    match_frames,
+    nearest,
+    normalise,
+)
+from tokenflow_batch.tokenflow.keyframes import Neighbours, true_neighbours
+
+backends = pytest.mark.parametrize("backend", ["faiss", "torch"])
+SIZES = [(1, 1, 1), (5, 3, 2), (128, 128, 16), (300, 70, 40), (64, 513, 320)]
+
+
+def tokens(seed, *shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def cosines(query, candidates):
+    """(N, M), float64, written out."""
+    q, c = query.double().numpy(), candidates.double().numpy()
+    q /= np.sqrt((q**2).sum(-1, keepdims=True))
+    c /= np.sqrt((c**2).sum(-1, keepdims=True))
+    return np.einsum("nc,mc->nm", q, c)
+
+
+@backends
+@pytest.mark.parametrize(("n", "m", "width"), SIZES)
+def test_each_token_finds_the_one_with_the_largest_cosine(backend, n, m, width):
+    query, candidates = tokens(0, n, width), tokens(1, m, width) * 7
+    found = nearest(normalise(query), normalise(candidates), backend)
+    assert found.shape == (n,)
+    assert found.dtype == torch.int64
+    similar = cosines(query, candidates)
+    best = similar.max(axis=1)
+    assert (similar[np.arange(n), found.numpy()] >= best - 1e-6).all()
+    runner_up = np.sort(similar, axis=1)[:, -2] if m > 1 else np.full(n, -np.inf)
+    clear = best - runner_up > 1e-6
+    assert clear.mean() > 0.9 or width == 1
+    assert np.array_equal(found.numpy()[clear], similar.argmax(axis=1)[clear])
+
+
+@pytest.mark.parametrize(("n", "m", "width"), SIZES)
+def test_both_backends_find_the_same(n, m, width):
+    query, candidates = normalise(tokens(2, n, width)), normalise(tokens(3, m, width))
+    first, second = (nearest(query, candidates, b) for b in ("faiss", "torch"))
+    tied = (query * (candidates[first] - candidates[second])).sum(-1).abs() < 1e-6
+    assert torch.equal(first[~tied], second[~tied])
+    assert (first == second).float().mean() > 0.99 or width == 1
+
+
+@backends
+def test_every_token_finds_itself(backend):
+    unit = normalise(tokens(4, 200, 32))
+    assert torch.equal(nearest(unit, unit, backend), torch.arange(200))
+    order = torch.randperm(200, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(order[nearest(unit, unit[order], backend)], torch.arange(200))
+
+
+@backends
+def test_length_does_not_matter_only_direction(backend):
+    query = torch.tensor([[1.0, 0.1], [0.0, 1.0]])
+    candidates = torch.tensor([[0.001, 0.0], [100.0, 99.0], [0.0, 0.002]])
+    found = nearest(normalise(query), normalise(candidates), backend)
+    assert found.tolist() == [0, 2]
+
+
+@backends
+def test_negative_similarities_have_a_largest_one_too(backend):
+    query = normalise(torch.tensor([[1.0, 0.0]]))
+    candidates = normalise(torch.tensor([[-1.0, 0.0], [-1.0, 1.0], [-1.0, 0.5]]))
+    assert nearest(query, candidates, backend).tolist() == [1]
+
+
+@pytest.mark.parametrize("tile", [1, 7, 64, 10_000])
+def test_the_twin_s_tiles_do_not_show(tile, monkeypatch):
+    query, candidates = normalise(tokens(5, 37, 8)), normalise(tokens(6, 41, 8))
+    whole = nearest(query, candidates, "torch")
+    monkeypatch.setattr(correspondence, "_TILE", tile)
+    assert torch.equal(nearest(query, candidates, "torch"), whole)
+
+
+@backends
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_tokens_of_any_magnitude_are_compared_rightly(backend, dtype):
+    direction = tokens(7, 50, 24)
+    for scale in (6e4, 1.0, 1e-3):  # 6e4² overflows half precision
+        query = (direction / direction.abs().max() * scale).to(dtype)
+        unit = normalise(query)
+        assert unit.dtype == torch.float32
+        torch.testing.assert_close(unit.norm(dim=-1), torch.ones(50))
+        assert torch.equal(nearest(unit, unit, backend), torch.arange(50))
+
+
+def test_a_zero_token_is_no_nan():
+    assert normalise(torch.zeros(2, 3)).tolist() == [[0, 0, 0], [0, 0, 0]]
+
+
+@pytest.mark.parametrize(
+    ("count", "dtype"),
+    [
+        (1, "uint8"),
+        (256, "uint8"),
+        (257, "uint16"),
+        (65536, "uint16"),
+        (65537, "uint32"),
+        (2**32, "uint32"),
+    ],
+)
+def test_the_smallest_type_that_holds_every_index(count, dtype):
+    assert index_dtype(count) == dtype
+    assert np.asarray([count - 1]).astype(dtype)[0] == count - 1
+
+
+def test_more_tokens_than_any_index_can_say():
+    with pytest.raises(ValueError, match="do not fit"):
+        index_dtype(2**32 + 1)
+
+
+@backends
+@pytest.mark.parametrize("drawn", [[0], [6], [3], [1, 5], [0, 2, 6], [4, 5]])
+def test_a_frame_is_matched_with_both_of_its_keyframes(backend, drawn):
+    frames = tokens(8, 7, 12, 10)
+    near = [true_neighbours(f, drawn, 8) for f in range(7)]
+    index = match_frames(frames, frames[drawn], near, backend)
+    assert index.shape == (7, 2, 12)
+    assert index.dtype == torch.int64
+    for f in range(7):
+        for side, k in enumerate((near[f].first, near[f].second)):
+            expected = cosines(frames[f], frames[drawn[k]]).argmax(axis=1)
+            assert index[f, side].tolist() == expected.tolist()
+
+
+@backends
+def test_a_keyframe_s_own_correspondence_is_the_identity_even_of_repeated_tokens(backend):
+    flat = torch.ones(2, 9, 4)
+    near = [Neighbours(0, 0, 1.0, itself=True), Neighbours(0, 0, 1.0)]
+    index = match_frames(flat, flat[:1], near, backend)
+    assert index[0].tolist() == [list(range(9))] * 2
+    assert (index[1] < 9).all()
+
+
+@backends
+def test_cutting_frames_into_batches_changes_no_correspondence(backend):
+    frames, drawn = tokens(9, 9, 20, 16), [2, 7]
+    near = [true_neighbours(f, drawn, 5) for f in range(9)]
+    whole = match_frames(frames, frames[drawn], near, backend)
+    for size in (1, 2, 4):
+        parts = [
+            match_frames(frames[i : i + size], frames[drawn], near[i : i + size], backend)
+            for i in range(0, 9, size)
+        ]
+        assert torch.equal(torch.cat(parts), whole)
+
+
+def test_which_backend_is_taken_where():
+    assert choose_backend("auto", "cpu") == "torch"
+    assert choose_backend("torch", "cuda") == "torch"
+    assert choose_backend("faiss", "cpu") == "faiss"
+    if correspondence.faiss_available("cuda"):
+        assert choose_backend("auto", "cuda") == choose_backend("faiss", "cuda") == "faiss"
+    else:
+        assert choose_backend("auto", "cuda") == "torch"
+        with pytest.raises(ValueError, match="FAISS has no support for cuda"):
+            choose_backend("faiss", "cuda")

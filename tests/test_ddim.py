@@ -1,0 +1,317 @@
+"""Noise schedule, fixed-point inversion and samplers, against formulas written independently."""
+
+import math
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+from tiny_model import SCHEDULER
+
+from tokenflow_batch.tokenflow.ddim import (
+    Schedule,
+    implied_noise,
+    invert_fixed_point,
+    invert_plain,
+    move,
+    noise_from_prediction,
+    residual,
+)
+from tokenflow_batch.tokenflow.samplers import SAMPLERS, State
+
+SHAPE = (2, 3, 4, 6)
+LEVELS = [(0.999, 0.97), (0.97, 0.3), (0.3, 0.0047), (0.0047, 0.3), (0.3, 0.999)]
+
+
+def normal(seed, shape=SHAPE):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def double(x):
+    return x.double().numpy()
+
+
+def close(got, expected, rtol=2e-5):
+    """Equal up to float32 rounding on the scale of the whole array."""
+    np.testing.assert_allclose(double(got), expected, rtol=rtol, atol=rtol * np.abs(expected).max())
+
+
+def schedule_of(steps, prediction_type="epsilon"):
+    scheduler = DDIMScheduler(**SCHEDULER, prediction_type=prediction_type)
+    scheduler.set_timesteps(steps)
+    times = [int(t) for t in scheduler.timesteps]
+    alphas = [float(scheduler.alphas_cumprod[t]) for t in times]
+    return scheduler, Schedule(tuple(times), tuple(alphas), float(scheduler.final_alpha_cumprod))
+
+
+@pytest.mark.parametrize(("alpha", "to"), LEVELS)
+def test_a_move_keeps_clean_part_and_noise_and_changes_their_shares(alpha, to):
+    clean, noise = double(normal(0)), double(normal(1))
+    x = torch.from_numpy(math.sqrt(alpha) * clean + math.sqrt(1 - alpha) * noise).float()
+    expected = math.sqrt(to) * clean + math.sqrt(1 - to) * noise
+    close(move(x, normal(1), alpha, to), expected, rtol=1e-4 if alpha < 0.01 else 2e-5)
+
+
+@pytest.mark.parametrize(("alpha", "to"), LEVELS)
+def test_implied_noise_is_the_noise_that_was_moved_along(alpha, to):
+    x, noise = normal(0), normal(1)
+    close(implied_noise(x, move(x, noise, alpha, to), alpha, to), double(noise), rtol=1e-3)
+
+
+@pytest.mark.parametrize("alpha", [0.999, 0.4, 0.0047])
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_every_prediction_type_gives_the_noise_that_is_in_the_latent(alpha, kind):
+    clean, noise = double(normal(0)), double(normal(1))
+    signal, spread = math.sqrt(alpha), math.sqrt(1 - alpha)
+    x = signal * clean + spread * noise
+    # Salimans & Ho 2022: v = α ε − σ x₀.
+    predicted = {"epsilon": noise, "v_prediction": signal * noise - spread * clean, "sample": clean}
+    args = (torch.from_numpy(predicted[kind]).float(), torch.from_numpy(x).float(), alpha, kind)
+    close(noise_from_prediction(*args), noise, rtol=1e-4)
+
+
+def test_what_cannot_be_turned_into_noise_is_refused():
+    with pytest.raises(ValueError, match="unknown prediction type 'flow'"):
+        noise_from_prediction(normal(0), normal(1), 0.5, "flow")
+    with pytest.raises(ValueError, match="zero terminal signal"):
+        noise_from_prediction(normal(0), normal(1), 0.0, "epsilon")
+
+
+def test_where_a_step_arrives():
+    _, schedule = schedule_of(5)
+    assert schedule.timesteps == (801, 601, 401, 201, 1)
+    assert len(schedule) == 5
+    after = [schedule.alpha_after(i) for i in range(5)]
+    assert after == [*schedule.alphas[1:], schedule.final_alpha]
+    assert list(schedule.alphas) == sorted(schedule.alphas)
+
+
+def test_residual_is_the_root_mean_square_of_each_frame():
+    a, b = normal(0), normal(1)
+    expected = [np.sqrt(np.mean((double(a[f]) - double(b[f])) ** 2)) for f in range(2)]
+    assert residual(a, b).tolist() == pytest.approx(expected, rel=1e-5)
+
+
+def up_the_schedule(schedule):
+    """(timestep, ᾱ before, ᾱ after), from clean to noisy."""
+    before = [schedule.final_alpha, *reversed(schedule.alphas)]
+    return list(zip(reversed(schedule.timesteps), before, before[1:], strict=False))
+
+
+def sampled(schedule, x, noise_fn):
+    for step, (t, alpha) in enumerate(zip(schedule.timesteps, schedule.alphas, strict=True)):
+        state = SAMPLERS["ddim"].step(schedule, step, 0, State(x), noise_fn(x, t, alpha))
+        x = state.x
+    return x
+
+
+@pytest.mark.parametrize("steps", [4, 25])
+def test_sampling_undoes_plain_inversion_where_the_noise_does_not_change(steps):
+    _, schedule = schedule_of(steps)
+    x0, constant = normal(0), normal(1)
+    x, rows = x0, 0
+    for t, alpha, alpha_t in up_the_schedule(schedule):
+
+        def noise(x_FChw, at, t=t):
+            nonlocal rows
+            rows += len(x_FChw)
+            assert at == t
+            return constant
+
+        found = invert_plain(noise, x, t, alpha, alpha_t)
+        assert found.residual.isnan().all()
+        assert found.residual.shape == (2,)
+        x = found.x
+    assert rows == steps * len(x0)
+    close(sampled(schedule, x, lambda *_: constant), double(x0), rtol=2e-3)
+
+
+def smooth_noise(x, alpha):
+    """A stand-in for a denoiser: its noise changes with the latent, as a contraction."""
+    return 0.3 * torch.tanh(x) + alpha * 0.5
+
+
+def test_sampling_undoes_fixed_point_inversion_of_a_denoiser_that_depends_on_the_latent():
+    _, schedule = schedule_of(10)
+    level = dict(zip(schedule.timesteps, schedule.alphas, strict=True))
+    x0 = normal(0)
+    gaps = {}
+    for extra in (0, 1, 3, 12):
+        x, warm, before = x0, None, None
+        for t, alpha, alpha_t in up_the_schedule(schedule):
+            noise = lambda y, at: smooth_noise(y, level[at])  # noqa: E731
+            if extra == 0:
+                x = invert_plain(noise, x, t, alpha, alpha_t).x
+                continue
+            if before is not None:
+                warm = implied_noise(before[0], x, before[1], alpha)
+            before = (x, alpha)
+            x = invert_fixed_point(noise, x, t, alpha, alpha_t, extra=extra, warm_noise_FChw=warm).x
+        back = sampled(schedule, x, lambda y, _, alpha: smooth_noise(y, alpha))
+        gaps[extra] = float((back - x0).square().mean().sqrt())
+    assert gaps[0] > 2 * gaps[1] > 4 * gaps[3]
+    assert gaps[12] < 1e-4
+
+
+@pytest.mark.parametrize("warm", [False, True])
+@pytest.mark.parametrize("extra", [1, 2, 5])
+def test_fixed_point_iteration_makes_one_evaluation_and_the_extra_ones(extra, warm):
+    seen = []
+
+    def noise(x_FChw, at):
+        assert at == 321
+        seen.append(x_FChw.clone())
+        return 0.4 * x_FChw + 1
+
+    x, alpha, alpha_t = normal(0), 0.8, 0.6
+    warm_noise = normal(1) if warm else None
+    found = invert_fixed_point(
+        noise, x, 321, alpha, alpha_t, extra=extra, warm_noise_FChw=warm_noise
+    )
+    assert len(seen) == 1 + extra
+    first = seen[0] if warm else seen[1]
+    along = normal(1) if warm else 0.4 * x + 1
+    torch.testing.assert_close(first, move(x, along, alpha, alpha_t))
+    # Latent, noise and features belong together: the result is where an evaluation was made.
+    assert any(torch.equal(found.x[0], y[0]) for y in seen)
+
+
+def test_fixed_point_iteration_converges_to_the_known_solution_of_a_contraction():
+    # x' = a x + b ε(x') with ε(y) = c y + d has the solution (a x + b d) / (1 − b c).
+    alpha, alpha_t, c, d = 0.8, 0.6, 0.4, 1.0
+    a = math.sqrt(alpha_t / alpha)
+    b = math.sqrt(1 - alpha_t) - a * math.sqrt(1 - alpha)
+    assert abs(b * c) < 0.2
+    x = normal(0)
+    solution = (a * double(x) + b * d) / (1 - b * c)
+    errors, residuals = [], []
+    for extra in (1, 2, 3, 4, 12):
+        found = invert_fixed_point(lambda y, _: c * y + d, x, 1, alpha, alpha_t, extra=extra)
+        errors.append(np.abs(double(found.x) - solution).max())
+        residuals.append(float(found.residual.max()))
+        expected = residual(found.x, move(x, c * found.x + d, alpha, alpha_t))
+        torch.testing.assert_close(found.residual, expected)
+    assert all(after < 0.2 * before for before, after in pairwise(errors[:4]))
+    assert residuals[:4] == sorted(residuals[:4], reverse=True)
+    assert errors[-1] < 1e-6
+
+
+def test_where_iterating_makes_it_worse_each_frame_keeps_its_best():
+    # Frame 0 contracts, frame 1 diverges: the first keeps its last iterate, the second its first.
+    gain = torch.tensor([0.1, -4.0]).view(2, 1, 1, 1)
+    alpha, alpha_t, x, warm = 0.9, 0.3, normal(0), 0.1 * normal(1)
+    iterates = []
+
+    def noise(y, _):
+        iterates.append(y)
+        return gain * y
+
+    found = invert_fixed_point(noise, x, 1, alpha, alpha_t, extra=4, warm_noise_FChw=warm)
+    gaps = torch.stack([residual(move(x, gain * y, alpha, alpha_t), y) for y in iterates])
+    assert gaps[:, 0].argmin() == 4
+    assert gaps[:, 1].argmin() == 0
+    assert torch.equal(found.x[0], iterates[4][0])
+    assert torch.equal(found.x[1], iterates[0][1])
+    torch.testing.assert_close(found.residual, gaps.min(dim=0).values)
+
+
+def test_fixed_point_inversion_without_an_iteration_is_refused():
+    with pytest.raises(ValueError, match="extra ≥ 1"):
+        invert_fixed_point(lambda y, _: y, normal(0), 1, 0.9, 0.8, extra=0)
+
+
+def changing_noise(x, step):
+    return torch.tanh(x) + 0.1 * normal(step, x.shape)
+
+
+@pytest.mark.parametrize("steps", [1, 7, 50])
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_ddim_is_diffusers_ddim_over_a_whole_trajectory(steps, kind):
+    scheduler, schedule = schedule_of(steps, kind)
+    ours = theirs = normal(0)
+    for step, t in enumerate(scheduler.timesteps):
+        predicted = changing_noise(theirs, step)
+        noise = noise_from_prediction(predicted, ours, schedule.alphas[step], kind)
+        state = SAMPLERS["ddim"].step(schedule, step, 0, State(ours), noise)
+        assert state.history == ()
+        ours, theirs = state.x, scheduler.step(predicted, t, theirs).prev_sample
+        # diffusers computes in float32 throughout; its own rounding grows as ᾱ nears zero.
+        close(ours, double(theirs), rtol=1e-4)
+
+
+def diffusers_dpm(schedule, kind):
+    scheduler = DPMSolverMultistepScheduler(
+        **{k: v for k, v in SCHEDULER.items() if k not in ("clip_sample", "set_alpha_to_one")},
+        solver_order=2,
+        algorithm_type="dpmsolver++",
+        solver_type="midpoint",
+        lower_order_final=True,
+        final_sigmas_type="sigma_min",
+        prediction_type=kind,
+    )
+    scheduler.set_timesteps(timesteps=list(schedule.timesteps))
+    return scheduler
+
+
+# diffusers hands a tensor to numpy in the way of numpy 1.
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+@pytest.mark.parametrize("steps", [2, 3, 10, 14])
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_dpmsolver_is_diffusers_dpmsolver_over_a_whole_trajectory(steps, kind):
+    _, schedule = schedule_of(steps)
+    scheduler = diffusers_dpm(schedule, kind)
+    state, theirs = State(normal(0)), normal(0)
+    ddim = normal(0)
+    for step, t in enumerate(schedule.timesteps):
+        alpha = schedule.alphas[step]
+        predicted = changing_noise(theirs, step)
+        noise = noise_from_prediction(predicted, state.x, alpha, kind)
+        state = SAMPLERS["dpmsolver++"].step(schedule, step, 0, state, noise)
+        theirs = scheduler.step(predicted, t, theirs).prev_sample
+        close(state.x, double(theirs), rtol=3e-4)
+        first_order = noise_from_prediction(changing_noise(ddim, step), ddim, alpha, kind)
+        ddim = move(ddim, first_order, alpha, schedule.alpha_after(step))
+    if steps > 2:  # the second order matters
+        assert (state.x - ddim).abs().max() > 0.01
+
+
+@pytest.mark.parametrize(("steps", "first"), [(25, 0), (25, 3), (5, 4)])
+def test_dpmsolver_is_the_paper_s_algorithm_in_float64(steps, first):
+    # Lu et al. 2022, DPM-Solver++, algorithm 2 with r = h_{i−1}/h_i; first order at both ends.
+    _, schedule = schedule_of(steps)
+    alphas = [*schedule.alphas, schedule.final_alpha]
+    signal = [math.sqrt(a) for a in alphas]
+    spread = [math.sqrt(1 - a) for a in alphas]
+    lam = [math.log(a / s) for a, s in zip(signal, spread, strict=True)]
+    state, x, previous = State(normal(0)), double(normal(0)), None
+    for i in range(first, steps):
+        noise = changing_noise(state.x, i)
+        clean = (x - spread[i] * double(noise)) / signal[i]
+        h = lam[i + 1] - lam[i]
+        direction = clean
+        if i not in (first, steps - 1):
+            r = (lam[i] - lam[i - 1]) / h
+            direction = (1 + 1 / (2 * r)) * clean - 1 / (2 * r) * previous
+        x = spread[i + 1] / spread[i] * x - signal[i + 1] * math.expm1(-h) * direction
+        previous = clean
+        state = SAMPLERS["dpmsolver++"].step(schedule, i, first, state, noise)
+        close(state.x, x, rtol=2e-4)
+        close(state.history[0], clean, rtol=2e-4)
+
+
+def test_dpmsolver_ends_on_the_clean_latent_where_the_schedule_ends_without_noise():
+    _, schedule = schedule_of(4)
+    clean_end = Schedule(schedule.timesteps, schedule.alphas, 1.0)
+    x, noise, alpha = normal(0), normal(1), schedule.alphas[-1]
+    state = SAMPLERS["dpmsolver++"].step(clean_end, 3, 0, State(x, (normal(2),)), noise)
+    expected = (double(x) - math.sqrt(1 - alpha) * double(noise)) / math.sqrt(alpha)
+    close(state.x, expected)
+
+
+def test_a_sampler_says_how_much_history_it_needs():
+    _, schedule = schedule_of(4)
+    for sampler in SAMPLERS.values():
+        state = sampler.step(schedule, 0, 0, State(normal(0)), normal(1))
+        assert len(state.history) == sampler.history
+        assert all(h.shape == state.x.shape for h in state.history)

@@ -1,0 +1,142 @@
+"""The whole method against the published code's recordings, and against a plain reference."""
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from reference_tokenflow import Reference
+from tiny_model import CHANNELS, SCHEDULER, WIDTH, tiny_unet
+
+from tokenflow_batch.tokenflow.attention import tokenflow_hooks
+from tokenflow_batch.tokenflow.correspondence import match_frames
+from tokenflow_batch.tokenflow.ddim import Schedule
+from tokenflow_batch.tokenflow.denoise import Denoiser, EditSettings, Prompts, predict_window
+from tokenflow_batch.tokenflow.keyframes import draw_keyframes, segments, true_neighbours
+from tokenflow_batch.tokenflow.modes import MODES, Injection
+from tokenflow_batch.tokenflow.passes import SourcePass
+from tokenflow_batch.tokenflow.samplers import Ddim, State
+
+ROOT = Path(__file__).parents[1]
+FOLDER = Path(os.environ.get("TOKENFLOW_GOLDEN", ROOT.parent / "shared" / "golden"))
+RECORDINGS = sorted(FOLDER.glob("*.safetensors"))
+
+
+def golden():
+    spec = importlib.util.spec_from_file_location("golden", ROOT / "benchmarks" / "golden.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["golden"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.skipif(not RECORDINGS, reason="no recordings: set TOKENFLOW_GOLDEN to their folder")
+@pytest.mark.parametrize("path", RECORDINGS, ids=lambda p: p.stem)
+def test_official_mode_reproduces_the_published_code(path):
+    found = golden().compare(path, None)
+    inversion = found["source_latents"]
+    assert inversion["mean_abs"] <= 1e-4 * inversion["ref_std"]
+    assert len(found["steps"]) == 10
+    for step in found["steps"]:
+        assert step["mean_abs"] <= 1e-4 * step["ref_std"]
+        assert step["share_over_5e-3"] <= 1e-3
+
+
+class Inputs:
+    """A window's inputs from memory; source features as the match stage makes them."""
+
+    def __init__(self, x, source, seen, keyframes, length):
+        self.x, self.x_source, self.seen = x, source, seen
+        self.keyframes, self.length = keyframes, length
+
+    def latents(self, frames):
+        return self.x[list(frames)]
+
+    def source(self, frames):
+        return self.x_source[list(frames)]
+
+    def conv(self, frames):
+        return self.seen.conv[list(frames)]
+
+    def correspondences(self, frames):
+        near = [true_neighbours(f, self.keyframes, self.length) for f in frames]
+        picked = list(frames)
+        return [match_frames(t[picked], t[self.keyframes], near, "torch") for t in self.seen.tokens]
+
+
+def ours(unet, kind, schedule, settings, case):
+    x, source, embeds, keyframes = case
+    denoiser, state, after = Denoiser(unet, kind), State(x), []
+    with tokenflow_hooks(unet, "eager") as hooks:
+        for step, (t, alpha) in enumerate(zip(schedule.timesteps, schedule.alphas, strict=True)):
+            with hooks.during(SourcePass()) as seen:
+                denoiser.noise(source[step], t, alpha, embeds[0])
+            inputs = Inputs(state.x, source[step], seen, keyframes[step], settings.segment_length)
+            noise = predict_window(
+                denoiser,
+                hooks,
+                inputs,
+                Prompts(*embeds),
+                settings,
+                step=step,
+                t=t,
+                alpha=alpha,
+                keyframes=keyframes[step],
+                frames=range(len(x)),
+            )
+            state = Ddim().step(schedule, step, 0, state, noise)
+            after.append(state.x)
+    return torch.stack(after)
+
+
+# (mode, frames, B, latent size, attn_t, f_t, prediction type); None, None is SDEdit
+CASES = {
+    "published": ("official", 8, 4, (8, 8), 0.5, 0.75, "epsilon"),
+    "published, wide, v": ("official", 6, 3, (8, 16), 0.5, 0.75, "v_prediction"),
+    "published, sdedit": ("official", 6, 2, (8, 8), None, None, "epsilon"),
+    "published, odd sizes": ("official", 4, 4, (7, 10), 1.0, 0.5, "epsilon"),
+    "published, thresholds 0": ("official", 4, 2, (8, 8), 0.0, 0.0, "epsilon"),
+    "published, thresholds 1": ("official", 4, 2, (8, 8), 1.0, 1.0, "epsilon"),
+    "default, tail": ("default", 7, 3, (8, 8), 0.5, 0.75, "epsilon"),
+    "default, wide, v, thresholds 1": ("default", 5, 4, (8, 16), 1.0, 1.0, "v_prediction"),
+    "default, sdedit": ("default", 7, 2, (8, 8), None, None, "epsilon"),
+    "default, one segment": ("default", 3, 8, (10, 7), 0.25, 0.0, "epsilon"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_an_edit_is_what_a_plain_reference_makes_of_it(name):
+    mode, frames, length, size, attn_t, f_t, kind = CASES[name]
+    steps = 4
+    unet = tiny_unet(seed=len(name)).double()  # see the reference
+    scheduler = DDIMScheduler(**SCHEDULER)
+    scheduler.set_timesteps(steps)
+    times = [int(t) for t in scheduler.timesteps]
+    alphas = [float(scheduler.alphas_cumprod[t]) for t in times]
+    schedule = Schedule(tuple(times), tuple(alphas), float(scheduler.final_alpha_cumprod))
+    torch.manual_seed(0)
+    x = torch.randn(frames, CHANNELS, *size)
+    source = torch.randn(steps, frames, CHANNELS, *size)
+    embeds = torch.randn(3, 7, WIDTH)
+    keyframes = [draw_keyframes(5, step, segments(frames, length)) for step in range(steps)]
+    injection = Injection() if attn_t is None else Injection.pnp(steps, attn_t, f_t)
+    settings = EditSettings(3.0, injection, length, length, MODES[mode])
+    got = ours(unet, kind, schedule, settings, (x, source, embeds, keyframes))
+    reference = Reference(
+        unet, kind, length, 3.0, injection.qk_steps, injection.conv_steps, mode == "official"
+    )
+    wanted = reference.edit(times, alphas, schedule.final_alpha, x, source, list(embeds), keyframes)
+    assert wanted.shape == (steps, frames, CHANNELS, *size)
+    for mine, theirs in zip(got, wanted, strict=True):
+        gap = (mine - theirs).abs()
+        assert gap.mean() <= 1e-4 * theirs.std()
+        assert (gap > 5e-3).float().mean() <= 1e-3
+    assert (wanted[-1] - wanted[0]).abs().mean() > 0.01
+    # An edit that skips the injection, or makes another, is another edit.
+    other = Injection.pnp(steps, 0.75, 0.25) if injection != Injection(3, 1) else Injection()
+    changed = EditSettings(3.0, other, length, length, MODES[mode])
+    apart = ours(unet, kind, schedule, changed, (x, source, embeds, keyframes))
+    assert (apart[-1] - wanted[-1]).abs().mean() > 5e-4 * wanted[-1].std()

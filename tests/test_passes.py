@@ -1,0 +1,405 @@
+"""The seams in a real UNet, and what each kind of pass does there."""
+
+import numpy as np
+import pytest
+import torch
+from tiny_model import CHANNELS, WIDTH, tiny_unet
+
+from tokenflow_batch.tokenflow.attention import (
+    attend,
+    choose_attention,
+    merge_heads,
+    split_heads,
+    tokenflow_hooks,
+)
+from tokenflow_batch.tokenflow.correspondence import match_frames
+from tokenflow_batch.tokenflow.injection import (
+    CONV_SITE,
+    QK_PREFIXES,
+    Site,
+    attention_sites,
+    conv_shape,
+)
+from tokenflow_batch.tokenflow.keyframes import Neighbours, true_neighbours
+from tokenflow_batch.tokenflow.passes import (
+    KeyframePass,
+    PropagationPass,
+    SourcePass,
+    inject_conv,
+    propagate,
+)
+
+K = 3
+
+
+def normal(seed, *shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def evaluate(unet, x, text=None):
+    text = normal(99, len(x), 5, WIDTH) if text is None else text
+    return unet(x, 421, encoder_hidden_states=text, return_dict=False)[0]
+
+
+def keyframe_pass(**changes):
+    settings = {
+        "branches": 3,
+        "inject_qk": False,
+        "inject_conv": False,
+        "stored_conv_KChw": None,
+        "attention": "eager",
+        **changes,
+    }
+    settings.setdefault("keep_tokens", settings["branches"] == 3)
+    return KeyframePass(**settings)
+
+
+def propagation_pass(joint, neighbours, **changes):
+    settings = {
+        "branches": joint.branches,
+        "inject_conv": joint.inject_conv,
+        "stored_conv_NChw": None,
+        "stored_index": None,
+        "matching": "torch",
+        **changes,
+    }
+    return PropagationPass(joint, neighbours, **settings)
+
+
+class Recorder:
+    """What comes in and goes out at given modules, by hooks of its own."""
+
+    def __init__(self, unet, *names):
+        self.inputs, self.outputs = {}, {}
+        self._handles = [
+            unet.get_submodule(n).register_forward_hook(self._keep(n), with_kwargs=True)
+            for n in names
+        ]
+
+    def _keep(self, name):
+        def hook(_module, args, kwargs, output):
+            self.inputs[name] = (args or tuple(kwargs.values()))[0]
+            self.outputs[name] = output
+
+        return hook
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for handle in self._handles:
+            handle.remove()
+
+
+def hooks_on(unet):
+    return {n: len(m._forward_hooks) for n, m in unet.named_modules() if m._forward_hooks}
+
+
+# -- leaving the UNet as it was --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_unet_is_what_it_was_when_the_hooks_are_gone(unet, fails):
+    x = normal(0, 2, CHANNELS, 8, 16)
+    before, processors = evaluate(unet, x), unet.attn_processors
+    state = {name: value.clone() for name, value in unet.state_dict().items()}
+    try:
+        with tokenflow_hooks(unet, "sdpa") as hooks:
+            assert hooks_on(unet) == {CONV_SITE: 1}
+            with hooks.during(SourcePass()):
+                evaluate(unet, x)
+                if fails:
+                    evaluate(unet, normal(0, 2, CHANNELS + 1, 8, 16))
+    except RuntimeError:
+        assert fails
+    assert hooks.active is None
+    assert hooks_on(unet) == {}
+    after = unet.attn_processors
+    assert after.keys() == processors.keys()
+    assert all(after[name] is processors[name] for name in after)
+    assert all(torch.equal(value, state[name]) for name, value in unet.state_dict().items())
+    assert torch.equal(evaluate(unet, x), before)
+
+
+def test_hooks_without_a_pass_and_the_source_pass_change_no_bit(unet):
+    x = normal(0, 2, CHANNELS, 8, 16)
+    before = evaluate(unet, x)
+    with tokenflow_hooks(unet, "sdpa") as hooks:
+        assert torch.equal(evaluate(unet, x), before)
+        with hooks.during(SourcePass()) as seen:
+            assert torch.equal(evaluate(unet, x), before)
+        assert torch.equal(evaluate(unet, x), before)
+    assert len(seen.tokens) == len(hooks.sites)
+
+
+def test_one_pass_at_a_time(unet):
+    with tokenflow_hooks(unet) as hooks, hooks.during(SourcePass()):
+        with pytest.raises(RuntimeError, match="another pass is active"):
+            hooks.during(SourcePass()).__enter__()
+        assert hooks.active is not None
+
+
+def test_a_unet_without_self_attention_is_refused():
+    plain = tiny_unet(
+        block_out_channels=(16, 16),
+        down_block_types=("DownBlock2D",) * 2,
+        up_block_types=("UpBlock2D",) * 2,
+        mid_block_type=None,
+    )
+    with pytest.raises(ValueError, match="no self-attention"), tokenflow_hooks(plain):
+        pass
+
+
+def test_a_unet_without_the_pnp_convolution_is_refused():
+    small = tiny_unet(
+        block_out_channels=(16,),
+        down_block_types=("CrossAttnDownBlock2D",),
+        up_block_types=("CrossAttnUpBlock2D",),
+    )
+    with pytest.raises(ValueError, match="PnP needs the SD"):
+        conv_shape(small, (8, 8))
+    with pytest.raises(ValueError, match="PnP needs the SD"), tokenflow_hooks(small):
+        pass
+
+
+# -- sites -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("latent_hw", [(8, 8), (8, 16), (32, 8), (9, 13), (1, 1), (5, 24)])
+def test_sites_and_conv_features_have_the_shape_that_the_unet_gives_them(unet, latent_hw):
+    with tokenflow_hooks(unet) as hooks, hooks.during(SourcePass()) as seen:
+        evaluate(unet, normal(0, 2, CHANNELS, *latent_hw))
+    assert [t.shape[1] for t in seen.tokens] == [s.tokens(latent_hw) for s in hooks.sites]
+    assert tuple(seen.conv.shape) == (2, *conv_shape(unet, latent_hw))
+
+
+def test_sites_are_all_self_attentions_and_pnp_s_among_them(unet):
+    sites = attention_sites(unet)
+    assert len(sites) == 3 * 2 + 1 + 3 * 3
+    assert [s.index for s in sites] == list(range(16))
+    injected = [s.name for s in sites if s.inject_qk]
+    assert injected == [f"{p}.transformer_blocks.0.attn1" for p in QK_PREFIXES]
+    assert all(unet.get_submodule(s.name).to_q is not None for s in sites)
+    assert [s.level for s in sites] == [0, 0, 1, 1, 2, 2, *[2] * 3, *[1] * 3, *[0] * 3, 3]
+    assert Site(0, "", 1, False).tokens((5, 3)) == 3 * 2
+
+
+def test_the_source_pass_keeps_what_goes_into_the_attentions_and_out_of_the_convolution(unet):
+    sites = attention_sites(unet)
+    x = normal(0, 2, CHANNELS, 8, 8)
+    with Recorder(unet, CONV_SITE, *(s.name for s in sites)) as plain:
+        evaluate(unet, x)
+    with tokenflow_hooks(unet) as hooks, hooks.during(SourcePass()) as seen:
+        evaluate(unet, x)
+    assert torch.equal(seen.conv, plain.outputs[CONV_SITE])
+    for site in sites:
+        assert torch.equal(seen.tokens[site.index], plain.inputs[site.name])
+
+
+# -- the keyframe pass -----------------------------------------------------------------------
+
+
+def linear(module, x):
+    """A projection in float64."""
+    y = x @ module.weight.double().numpy().T
+    return y if module.bias is None else y + module.bias.double().numpy()
+
+
+def attention_in_float64(attn, queries, keys, values):
+    """(L, C) from the tokens that queries, keys and values are made of, head by head."""
+    q, k, v = linear(attn.to_q, queries), linear(attn.to_k, keys), linear(attn.to_v, values)
+    width = q.shape[1] // attn.heads
+    parts = []
+    for head in range(attn.heads):
+        own = slice(head * width, (head + 1) * width)
+        logits = q[:, own] @ k[:, own].T / np.sqrt(width)
+        weights = np.exp(logits - logits.max(axis=1, keepdims=True))
+        parts.append(weights / weights.sum(axis=1, keepdims=True) @ v[:, own])
+    return linear(attn.to_out[0], np.concatenate(parts, axis=1))
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("inject_qk", [False, True])
+@pytest.mark.parametrize("branches", [2, 3])
+def test_keyframes_attend_to_all_keyframes_and_the_source_to_itself(
+    unet, branches, inject_qk, attention
+):
+    if inject_qk and branches == 2:
+        with pytest.raises(ValueError, match="needs the source branch"):
+            keyframe_pass(branches=2, inject_qk=True)
+        return
+    joint = keyframe_pass(branches=branches, inject_qk=inject_qk, attention=attention)
+    names = [s.name for s in attention_sites(unet)]
+    with (
+        tokenflow_hooks(unet, attention) as hooks,
+        hooks.during(joint),
+        Recorder(unet, *names) as seen,
+    ):
+        evaluate(unet, normal(0, branches * K, CHANNELS, 8, 4))
+    for site in hooks.sites:
+        attn = unet.get_submodule(site.name)
+        tokens = seen.inputs[site.name].double().numpy().reshape(branches, K, -1, attn.query_dim)
+        got = joint.outputs[site.index].double().numpy()
+        qk = tokens[0] if inject_qk and site.inject_qk else None
+        for r in range(branches):
+            own = tokens[r] if qk is None else qk
+            everything = own.reshape(-1, attn.query_dim), tokens[r].reshape(-1, attn.query_dim)
+            for k in range(K):
+                alone = branches == 3 and r == 0
+                keys, values = (own[k], tokens[r, k]) if alone else everything
+                expected = attention_in_float64(attn, own[k], keys, values)
+                np.testing.assert_allclose(got[r, k], expected, atol=2e-5, rtol=1e-4)
+        assert torch.equal(
+            seen.outputs[site.name].unflatten(0, (branches, K)), joint.outputs[site.index]
+        )
+        if branches == 3:
+            assert torch.equal(joint.tokens[site.index], seen.inputs[site.name][:K])
+
+
+def test_the_source_branch_of_the_keyframe_pass_is_the_plain_unet(unet):
+    x = normal(0, 3 * K, CHANNELS, 8, 16)
+    text = normal(1, 3 * K, 5, WIDTH)
+    with (
+        tokenflow_hooks(unet) as hooks,
+        hooks.during(keyframe_pass(inject_conv=True, attention="sdpa")),
+    ):
+        joint = evaluate(unet, x, text)
+    plain = evaluate(unet, x, text)
+    torch.testing.assert_close(joint[:K], plain[:K], atol=1e-5, rtol=1e-4)
+    assert (joint[K:] - plain[K:]).abs().max() > 1e-2
+
+
+def test_one_keyframe_alone_is_the_plain_unet(unet):
+    x = normal(0, 2, CHANNELS, 8, 8)
+    with tokenflow_hooks(unet) as hooks, hooks.during(keyframe_pass(branches=2, attention="sdpa")):
+        joint = evaluate(unet, x)
+    torch.testing.assert_close(joint, evaluate(unet, x), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("tokens", "keys"), [(5, 5), (1, 7), (64, 192)])
+def test_sdpa_is_eager_attention_up_to_rounding(tokens, keys):
+    q, k, v = normal(0, 2, 4, tokens, 8), normal(1, 2, 4, keys, 8), normal(2, 2, 4, keys, 8)
+    eager, sdpa = (attend(q * 3, k, v, 0.35, backend) for backend in ("eager", "sdpa"))
+    torch.testing.assert_close(eager, sdpa, atol=1e-5, rtol=1e-5)
+
+
+def test_heads_are_split_as_diffusers_does_and_put_together_again(unet):
+    x = normal(0, 2, 7, 16)
+    attn = unet.get_submodule(attention_sites(unet)[0].name)
+    theirs = attn.head_to_batch_dim(x).unflatten(0, (2, attn.heads))
+    assert torch.equal(split_heads(x, attn.heads), theirs)
+    assert torch.equal(merge_heads(split_heads(x, attn.heads)), x)
+
+
+def test_which_attention_is_taken_where():
+    assert choose_attention("auto", "cpu") == "sdpa"
+    assert choose_attention("sdpa", "cuda") == "sdpa"
+    with pytest.raises(ValueError, match="xformers has no attention kernel for cpu"):
+        choose_attention("xformers", "cpu")
+
+
+# -- injection -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("branches", [2, 3])
+@pytest.mark.parametrize("stored", [False, True])
+def test_injected_convolution_features_are_the_source_s(branches, stored):
+    features = normal(0, branches * K, 4, 2, 3)
+    source = normal(1, K, 4, 2, 3).half() if stored else None
+    parts = inject_conv(features, branches, source).chunk(branches)
+    expected = features[:K] if source is None else source.float()
+    assert torch.equal(parts[-1], expected)
+    assert torch.equal(parts[-2], expected)
+    assert branches == 2 or torch.equal(parts[0], features[:K])
+
+
+@pytest.mark.parametrize("on", [False, True])
+def test_what_follows_the_convolution_in_the_unet_sees_the_source_s_features(unet, on):
+    x = normal(0, 3 * K, CHANNELS, 8, 16)
+    joint = keyframe_pass(inject_conv=on)
+    with (
+        tokenflow_hooks(unet) as hooks,
+        hooks.during(joint),
+        Recorder(unet, CONV_SITE) as keyframes,
+    ):
+        evaluate(unet, x)
+        source, negative, target = keyframes.outputs[CONV_SITE].chunk(3)
+    assert torch.equal(negative, source) == torch.equal(target, source) == on
+    near = [true_neighbours(f, [0, 1, 2], 1) for f in range(K)]
+    spread = propagation_pass(joint, near)
+    with tokenflow_hooks(unet) as hooks, hooks.during(spread), Recorder(unet, CONV_SITE) as others:
+        evaluate(unet, x)
+        source, negative, target = others.outputs[CONV_SITE].chunk(3)
+    assert torch.equal(negative, source) == torch.equal(target, source) == on
+
+
+# -- propagation -----------------------------------------------------------------------------
+
+
+def test_propagation_gathers_each_token_from_its_keyframe():
+    out = normal(0, 2, K, 6, 5)
+    index = torch.randint(0, 6, (4, 6), generator=torch.Generator().manual_seed(1))
+    keyframe = [2, 0, 0, 1]
+    got = propagate(out, index, keyframe)
+    assert got.shape == (2, 4, 6, 5)
+    for r in range(2):
+        for n in range(4):
+            for p in range(6):
+                assert torch.equal(got[r, n, p], out[r, keyframe[n], index[n, p]])
+
+
+@pytest.mark.parametrize(("branches", "stored"), [(2, True), (3, True), (3, False)])
+def test_an_ordinary_frame_s_attention_is_the_blend_of_its_keyframes_tokens(unet, branches, stored):
+    frames, drawn = normal(0, 5, CHANNELS, 8, 8), [1, 3, 4]
+    batch = frames.repeat(branches, 1, 1, 1)
+    near = [true_neighbours(f, drawn, 2) for f in range(5)]
+    joint = keyframe_pass()
+    names = [s.name for s in attention_sites(unet)]
+    with tokenflow_hooks(unet) as hooks:
+        with hooks.during(SourcePass()) as seen:
+            evaluate(unet, frames)
+        given = [match_frames(t, t[drawn], near, "torch") for t in seen.tokens]
+        with hooks.during(joint):
+            evaluate(unet, frames[drawn].repeat(3, 1, 1, 1))
+        spread = propagation_pass(
+            joint, near, branches=branches, stored_index=given if stored else None
+        )
+        with hooks.during(spread), Recorder(unet, *names) as got:
+            evaluate(unet, batch)
+    for site in hooks.sites:
+        out = got.outputs[site.name].unflatten(0, (branches, 5))
+        index = given[site.index]
+        if not stored:
+            source = got.inputs[site.name][:5]
+            index = match_frames(source, joint.tokens[site.index], near, "torch")
+        for r in range(branches):
+            edited = joint.outputs[site.index][r + 3 - branches]
+            for n, (a, b) in enumerate(index):
+                w = near[n].weight
+                expected = w * edited[near[n].first][a] + (1 - w) * edited[near[n].second][b]
+                torch.testing.assert_close(out[r, n], expected, atol=1e-6, rtol=1e-5)
+
+
+def test_a_keyframe_comes_out_of_the_propagation_pass_as_out_of_the_keyframe_pass(unet):
+    x, drawn = normal(0, 3, CHANNELS, 8, 16), [2, 5, 9]
+    text = normal(1, 2, 5, WIDTH).repeat_interleave(3, dim=0)
+    near = [true_neighbours(f, drawn, 4) for f in drawn]
+    joint = keyframe_pass(branches=2)
+    with tokenflow_hooks(unet) as hooks:
+        with hooks.during(joint):
+            edited = evaluate(unet, x.repeat(2, 1, 1, 1), text)
+        index = [torch.arange(s.tokens((8, 16))).expand(3, 2, -1) for s in hooks.sites]
+        with hooks.during(propagation_pass(joint, near, stored_index=index)):
+            again = evaluate(unet, x.repeat(2, 1, 1, 1), text)
+    assert torch.equal(again, edited)
+
+
+def test_the_neighbour_s_weight_decides_between_the_two_keyframes():
+    joint = keyframe_pass(branches=2)
+    joint.outputs[0] = torch.stack([torch.zeros(4, 3), torch.ones(4, 3)]).expand(2, 2, 4, 3)
+    near = [Neighbours(0, 1, w) for w in (1.0, 0.75, 0.5, 0.0)]
+    index = [torch.zeros(4, 2, 4, dtype=torch.int64)]
+    spread = propagation_pass(joint, near, stored_index=index)
+    out = spread.self_attention(Site(0, "", 0, False), None, torch.zeros(8, 4, 3), lambda: None)
+    assert out.unflatten(0, (2, 4))[:, :, 0, 0].tolist() == [[0.0, 0.25, 0.5, 1.0]] * 2
