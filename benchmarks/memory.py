@@ -2,8 +2,9 @@
 
     python benchmarks/memory.py [--frames 128 512] [--json FILE]
 
-For every stage: peak resident memory of a process that runs this stage alone on a real encoded
-clip, and the slope (peak at the longer − peak at the shorter) / (frames between them). A variant
+For every stage: the peak resident memory, from when the model is loaded, of a process that runs
+this stage alone on a real encoded clip, and the slope (peak at the longer − peak at the shorter) /
+(frames between them). A variant
 of `encode` that deliberately keeps its frames must be caught by the same measurement, or the
 measurement is worth nothing. The exit code says whether every stage but `edit` stays under the
 bound (`edit` is one window over the whole clip for now, so it grows) and the leak doesn't.
@@ -12,7 +13,9 @@ bound (`edit` is one window over the whole clip for now, so it grows) and the le
 from __future__ import annotations
 
 import argparse
+import ctypes
 import datetime
+import gc
 import json
 import os
 import platform
@@ -36,7 +39,7 @@ MANIFEST = """\
 version: 1
 model: demo
 output: out
-runtime: {{device: cpu, threads: 2}}
+runtime: {{device: cpu, threads: 1}}
 defaults: {{preset: balanced, steps: 2, chunk_frames: 32, guidance_scale: 5}}
 clips:
   - {{video: clip.mp4, source_prompt: {source!r}, edits: [{{name: edit, prompt: {target!r}}}]}}
@@ -55,16 +58,31 @@ def prepare(folder: Path, frames: int, size: int) -> None:
 
 
 def peak(folder: Path, stage: StageName, *, leak: bool = False) -> int:
-    """Peak resident bytes of a fresh process that runs one stage, as the system accounts it."""
+    """Peak resident bytes of a fresh process while it runs one stage, by the kernel's account."""
     command = [sys.executable, __file__, "--child", stage, str(folder / "manifest.yaml")]
     if leak:
         command.append("--leak")
-    process = subprocess.Popen(command)
-    _, code, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(code)
-    if process.returncode:
+    # One heap that gives freed blocks back, so that the peak is what is held and not its holes.
+    tidy = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    done = subprocess.run(
+        command, env={**os.environ, **tidy}, stdout=subprocess.PIPE, text=True, check=False
+    )
+    if done.returncode:
         raise SystemExit(f"{stage} failed in {folder}")
-    return usage.ru_maxrss * 1024
+    return int(done.stdout)
+
+
+def forget_peak() -> None:
+    """Start the kernel's account of this process's peak anew, after giving back what is free."""
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def peak_bytes() -> int:
+    """This process's peak resident memory since `forget_peak`."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
 @contextmanager
@@ -93,7 +111,12 @@ def run_child(stage: StageName, manifest: Path, *, leak: bool) -> None:
 
     with leaking_frames() if leak else nullcontext(), progress_bars() as progress:
         force = (stage,) if leak else ()
-        results = Runner(load(manifest), progress).run((stage,), force=force)
+        runner = Runner(load(manifest), progress)
+        if stage != "report":
+            assert runner.model is not None  # loaded here, before anything is measured
+        forget_peak()
+        results = runner.run((stage,), force=force)
+    print(peak_bytes())
     sys.exit(exit_code(results))
 
 

@@ -7,7 +7,8 @@ same inverted latents with the same prompts, thresholds and guidance; per-frame 
 frame on its own. Measured on frames decoded from latents, with the clip's true mask:
 
 - in place: share of frames in which most of the true mask has the target colour (nearest of the
-  palette in CIE Lab, mask eroded by 2 pixels);
+  palette in CIE Lab, mask eroded by 2 pixels). The pale half of a striped object has no palette
+  colour and counts against both sides;
 - background PSNR: outside the mask (dilated by 3 pixels) against the source.
 
 The exit code says whether the pipeline is in place at least as often (less 0.02) and its background
@@ -58,7 +59,7 @@ MANIFEST = """\
 version: 1
 model: demo
 output: out
-runtime: {{threads: {threads}}}
+runtime: {{device: cpu, threads: {threads}}}
 defaults: {{preset: {preset}, guidance_scale: 4, attn_t: 0.8, f_t: 1.0, segment_length: 4}}
 clips:
   - {{video: clip.mp4, source_prompt: {source!r}, edits: [{{name: edit, prompt: {target!r}}}]}}

@@ -167,7 +167,9 @@ def measured(manifest: Path) -> Iterator[tuple[Job, VideoFacts, Model, Counts]]:
     for index, job in enumerate(load(manifest).jobs):
         with tempfile.TemporaryDirectory() as scratch:
             batch = load(manifest, output=Path(scratch))
-            batch = type(batch)((batch.jobs[index],), batch.output, batch.workdir, batch.runtime)
+            countable = {"attention": "sdpa", "correspondence": "torch"}  # torch sees no others
+            runtime = batch.runtime.model_copy(update=countable)
+            batch = replace(batch, jobs=(batch.jobs[index],), runtime=runtime)
             runner = Runner(batch, _no_bar)
             found: Counts = {}
             _check(runner.run(("encode",)))
@@ -193,8 +195,7 @@ def compare(manifest: Path) -> list[dict[str, Any]]:
         geometry = plan_geometry(
             (facts.width, facts.height), s.resolution, Fit(s.fit), model.multiple
         )
-        width, height = geometry.working
-        frame_shape = (model.latent_channels, height // model.vae_factor, width // model.vae_factor)
+        frame_shape = model.frame_shape(geometry.working)
         meta = MetaUNet(model.unet, frame_shape, tuple(model.embed(s.prompt).shape))
         plan = planned(s, facts.frames, meta)
         equal = all(plan[stage] == run[stage] for stage in STAGES)

@@ -3,9 +3,11 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 VENV=${VENV:-.venv}
+case $VENV in /*) ;; *) VENV=$PWD/$VENV ;; esac
 
-if [ ! -x "$VENV/bin/tokenflow-batch" ] || [ pyproject.toml -nt "$VENV/.installed" ]; then
-  python=${PYTHON:-$(command -v python3.11 || command -v python3)}
+stamp=$VENV/.installed
+if [ ! -e "$stamp" ] || [ pyproject.toml -nt "$stamp" ] || [ constraints.txt -nt "$stamp" ]; then
+  python=${PYTHON:-$(command -v python3.11 || command -v python3 || echo python3)}
   "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
     echo "Python 3.11 or newer is needed; set PYTHON to one" >&2
     exit 2
@@ -15,6 +17,6 @@ if [ ! -x "$VENV/bin/tokenflow-batch" ] || [ pyproject.toml -nt "$VENV/.installe
   extra=cpu
   if command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; then extra=cuda; fi
   "$VENV/bin/python" -m pip install --quiet -c constraints.txt -e ".[$extra,dev]" >&2
-  touch "$VENV/.installed"
+  touch "$stamp"
 fi
-export PATH="$PWD/$VENV/bin:$PATH"
+export PATH="$VENV/bin:$PATH"

@@ -107,38 +107,38 @@ def test_the_video_is_the_decoded_latents(manifest, tiny_model, compute):
 
 
 @torch.no_grad()
-def sampled(model_folder, compute, x, prompt, negative, guidance, steps):
-    """Plain DDIM sampling by diffusers alone."""
+def sampled(model_folder, compute, x, prompt, negative, guidance, steps, last=1000):
+    """Plain DDIM sampling by diffusers alone, the last steps of `steps`."""
     model = load(locate(str(model_folder)), compute)
     unet = UNet2DConditionModel.from_pretrained(model_folder / "unet").eval()
     scheduler = DDIMScheduler.from_pretrained(model_folder / "scheduler")
     scheduler.set_timesteps(steps)
     text = [model.embed(p).expand(len(x), -1, -1) for p in (negative, prompt)]
-    for t in scheduler.timesteps:
+    for t in scheduler.timesteps[-last:]:
         without, with_prompt = (unet(x, t, encoder_hidden_states=e).sample for e in text)
         x = scheduler.step(without + guidance * (with_prompt - without), t, x).prev_sample
     return x
 
 
-@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+# The random model's noise changes so fast with the latent that ε at the noisiest step, where the
+# step is longest, would take many more iterations.
+@pytest.mark.parametrize(("kind", "start"), [("epsilon", 1), ("v_prediction", 2)])
 def test_the_inverted_latents_are_those_that_sample_back_to_the_clean_ones(
-    tmp_path, tiny_model, compute, kind
+    tmp_path, tiny_model, compute, kind, start
 ):
     model = copied(tiny_model, tmp_path / "model")
     edit_json(model / "scheduler" / "scheduler_config.json", prediction_type=kind)
-    clip(tmp_path / "clip.mp4", 5)
-    manifest = write_manifest(tmp_path, "model", inversion_iterations=12)
+    clip(tmp_path / "clip.mp4", 2)
+    manifest = write_manifest(tmp_path, "model", inversion_iterations=30)
     run_one(manifest, ("encode", "invert"))
     clean = ArrayStore.open(folder_of(manifest, "encode")).read("latents", ())
     store = ArrayStore.open(folder_of(manifest, "invert"))
-    noisiest = torch.from_numpy(store.read("latents", (2,)))
+    assert max(store.read("residual", (step,)).max() for step in range(start + 1)) < 1e-5
+    noisy = torch.from_numpy(store.read("latents", (start,)))
     prompt = SETTINGS["source_prompt"]
-    back = sampled(model, compute, noisiest, prompt, prompt, 1.0, 3).numpy()
-    # The residual says how exactly the last steps were solved.
-    worst = max(store.read("residual", (step,)).max() for step in range(3))
-    assert worst < 1e-4
-    assert np.abs(back - clean).max() < 3e-3
-    assert np.abs(noisiest.numpy() - clean).max() > 0.5
+    back = sampled(model, compute, noisy, prompt, prompt, 1.0, 3, last=start + 1)
+    np.testing.assert_allclose(back.numpy(), clean, atol=1e-4)
+    assert np.abs(noisy.numpy() - clean).max() > 0.5
 
 
 def test_one_frame_s_sdedit_is_plain_guided_sampling_by_diffusers(tmp_path, tiny_model, compute):
@@ -329,7 +329,7 @@ def test_two_edits_share_everything_up_to_the_match(manifest, tiny_model):
 def test_a_stage_by_force_is_done_again_and_gives_the_same(manifest):
     before = outcome(manifest)
     result = run_one(manifest, force=["edit"])
-    assert result.ran == ["edit"]
+    assert result.ran == ["edit", "render", "report"]  # what came from it goes too
     assert same(outcome(manifest), before)
 
 

@@ -129,13 +129,15 @@ def status(
         typer.echo(json.dumps({"jobs": jobs}, indent=1))
         return
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table("job", *STAGES, "video")
-    marks = {"done": "[green]done", "waiting": "[dim]waiting", "damaged": "[red]damaged"}
+    marks = {"done": "[green]done", "damaged": "[red]damaged"}
+    marks |= {state: f"[dim]{state}" for state in ("waiting", "unknown")}
     for row in rows:
         cells = [marks.get(s.state, f"[yellow]begun ({s.units})") for s in row.stages.values()]
-        table.add_row(f"{row.clip}/{row.edit}", *cells, "yes" if row.published else "no")
+        table.add_row(escape(f"{row.clip}/{row.edit}"), *cells, "yes" if row.published else "no")
     Console().print(table)
 
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -43,7 +44,7 @@ def progress_bars() -> Iterator[ProgressFactory]:
 
             @contextmanager
             def bar(what: str, total: int) -> Iterator[Advance]:
-                task = bars.add_task(what, total=total or None)
+                task = bars.add_task(escape(what), total=total or None)
                 try:
                     yield lambda n: bars.advance(task, n)
                 finally:

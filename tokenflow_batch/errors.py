@@ -64,7 +64,7 @@ class DamagedUnit(StoreError):  # noqa: N818 - a state of the data, the runner's
     def __init__(self, stage: str, key: str, unit: str, reason: str) -> None:
         super().__init__(
             f"{stage} {key}: unit {unit} is damaged: {reason}",
-            hint="run again: the unit is recomputed; if it comes back, suspect the disk",
+            hint="`tokenflow-batch run` computes it again; if it comes back, suspect the disk",
         )
         self.stage, self.key, self.unit, self.reason = stage, key, unit, reason
 

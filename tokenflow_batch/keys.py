@@ -87,9 +87,10 @@ def stage_keys(job: Job, identity: Identity, dtype: str) -> dict[StageName, Stag
         "invert",
         {"encode": encode, "model": identity.denoiser, "dtype": dtype, **_pick(s, _INVERT)},
     )
-    match = add(
-        "match", {"invert": invert, "conv_steps": job.stored_conv_steps, **_pick(s, _MATCH)}
-    )
+    matched = {"invert": invert, **_pick(s, _MATCH)}
+    add("match", {**matched, "conv_steps": job.stored_conv_steps})
+    # What an edit reads of `match` doesn't depend on how much more is stored for other edits.
+    match = digest_json({"version": VERSIONS["match"], **matched})[:24]
     technique = _PNP if s.technique == "pnp" else _SDEDIT
     edit = add("edit", {"match": match, **_pick(s, _EDIT), **_pick(s, technique)})
     render = add("render", {"edit": edit, "encode": encode, **_pick(s, _RENDER)})

@@ -108,13 +108,11 @@ class StageFolder:
             raise self._damage(unit, "it is needed but not there")
         if unit in self._checked:
             return record
-        for name, (size, sha) in record.files.items():
-            path = self.folder / name
-            if not path.is_file():
-                raise self._damage(unit, f"{name} is missing")
-            if path.stat().st_size != size:
-                raise self._damage(unit, f"{name} has {path.stat().st_size} bytes, not {size}")
-            if digest(path) != sha:
+        flaw = self._flaw(record)
+        if flaw is not None:
+            raise self._damage(unit, flaw)
+        for name, (_, sha) in record.files.items():
+            if digest(self.folder / name) != sha:
                 raise self._damage(unit, f"{name} has another digest")
         self._checked.add(unit)
         return record
@@ -157,9 +155,10 @@ class StageFolder:
         try:
             if not self.finished:
                 return False
-            return all(self._intact(unit) for unit in self.units())
+            self._check_sizes()
         except DamagedUnit:
             return False
+        return True
 
     def finish(self, facts: Mapping[str, Any]) -> None:
         """Declare the stage done."""
@@ -184,6 +183,7 @@ class StageFolder:
 
         Raises:
             NumericsMismatch: half-done work was begun under other numerics.
+            DamagedUnit: a committed unit has lost a file, or part of one (sizes only).
             StoreError: the folder can't be written.
         """
         try:
@@ -194,6 +194,7 @@ class StageFolder:
         begun = next(self.units(), None) is not None
         if begun:
             self._same_numerics(path, numerics)
+            self._check_sizes()
         else:
             write_json(self.folder / "key.json", described)
             write_json(path, numerics)
@@ -211,21 +212,41 @@ class StageFolder:
         ]
         if differ:
             raise NumericsMismatch(
-                f"{self.stage} {self.key} is half done under other numerics, which would mix "
+                f"{self.stage} {self.key} was begun under other numerics; going on would mix "
                 f"results that differ in their bits: {'; '.join(differ)}",
                 hint=f"go on in the old environment, or start the stage anew: --force {self.stage}",
             )
 
-    def _intact(self, unit: str) -> bool:
-        record = self.record(unit)
-        if record is None or record.dropped:
-            return record is not None
-        try:
-            return all(
-                (self.folder / n).stat().st_size == size for n, (size, _) in record.files.items()
-            )
-        except OSError:
-            return False
+    def forget_flawed(self) -> int:
+        """Forget every unit whose files are missing or have other sizes; returns how many."""
+        found = 0
+        for unit in list(self.units()):
+            try:
+                record = self.record(unit)
+                flawed = bool(record and not record.dropped and self._flaw(record))
+            except DamagedUnit:
+                flawed = True
+            if flawed:
+                self.forget(unit)
+                found += 1
+        return found
+
+    def _check_sizes(self) -> None:
+        for unit in self.units():
+            record = self.record(unit)
+            flaw = None if record is None or record.dropped else self._flaw(record)
+            if flaw is not None:
+                raise self._damage(unit, flaw)
+
+    def _flaw(self, record: Record) -> str | None:
+        """What is wrong with a unit's files as far as their sizes tell."""
+        for name, (size, _) in record.files.items():
+            path = self.folder / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != size:
+                return f"{name} has {path.stat().st_size} bytes, not {size}"
+        return None
 
     def _record_path(self, unit: str) -> Path:
         return self._commits / f"{unit}.json"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import Field, StringConstraints, ValidationError
+from pydantic import AfterValidator, Field, StringConstraints, TypeAdapter, ValidationError
 
 from tokenflow_batch.config import PRESETS, Batch, Frozen, Job, Runtime, Settings
 from tokenflow_batch.errors import ManifestError
@@ -21,19 +21,38 @@ VIDEO_SUFFIXES = frozenset(
 )
 
 # A name becomes a file or folder name: no separators, no control characters, not hidden.
+
+
+def _short_enough(name: str) -> str:
+    if len(name.encode()) > 200:
+        raise ValueError("too long for a file name")
+    return name
+
+
 Name = Annotated[
     str,
+    AfterValidator(_short_enough),
     StringConstraints(min_length=1, max_length=120, pattern=r"^[^./\\\x00-\x1f][^/\\\x00-\x1f]*$"),
 ]
+
+
+def _edit_name(name: str) -> str:
+    if name.lower().endswith(".mp4"):
+        raise ValueError("leave `.mp4` out: it is added")
+    return name
+
+
+EditName = Annotated[Name, AfterValidator(_edit_name)]
 Level = dict[str, Any]
 Where = tuple[str | int, ...]
 M = TypeVar("M", bound=Frozen)
+_NAME: TypeAdapter[str] = TypeAdapter(Name)
 
 
 class EditEntry(Frozen):
     """What only an edit has; it may also give any setting."""
 
-    name: Name
+    name: EditName
     prompt: str = Field(min_length=1)
 
 
@@ -81,7 +100,7 @@ def load(path: Path, *, output: Path | None = None, workdir: Path | None = None)
         jobs += _clip_jobs(path, top, index, problems)
     _refuse_equal_names(jobs, problems)
     problems.stop()
-    out = output or path.parent / top.output
+    out = output or path.parent / Path(top.output).expanduser()
     return Batch(tuple(jobs), out, workdir or out / ".work", top.runtime)
 
 
@@ -90,7 +109,9 @@ def _clip_jobs(path: Path, top: ManifestFile, index: int, problems: _Problems) -
     entry, shared = _split(top.clips[index], ClipEntry, where, problems)
     if entry is None:
         return []
-    videos = _videos(path.parent, entry, where, problems)
+    output = path.parent / Path(top.output).expanduser()
+    found = _videos(path.parent, entry, output, where, problems)
+    videos = [(v, _clip_name(entry, v, where, problems)) for v in found]
     edits: list[tuple[EditEntry, Settings, int]] = []
     for number, raw in enumerate(entry.edits):
         at = (*where, "edits", number)
@@ -103,7 +124,7 @@ def _clip_jobs(path: Path, top: ManifestFile, index: int, problems: _Problems) -
     conv_steps = _conv_steps([settings for _, settings, _ in edits])
     return [
         Job(
-            clip=entry.name or video.stem,
+            clip=name,
             edit=edit.name,
             video=video,
             model=_model_reference(path.parent, top.model),
@@ -112,7 +133,7 @@ def _clip_jobs(path: Path, top: ManifestFile, index: int, problems: _Problems) -
             stored_conv_steps=conv_steps.get(settings.steps, 0),
             where=f"{path}:{line}",
         )
-        for video in videos
+        for video, name in videos
         for edit, settings, line in edits
     ]
 
@@ -126,7 +147,8 @@ def _settings(
     for where, level in levels:
         given |= level
         origin |= {key: (*where, key) for key in level}
-    preset = PRESETS.get(given.get("preset", "balanced"), {})
+    wanted = given.get("preset", "balanced")
+    preset = next((values for name, values in PRESETS.items() if name == wanted), {})
     merged = {**preset, **given, "prompt": prompt}
     merged.setdefault("inversion_steps", merged.get("steps", 25))
     try:
@@ -165,19 +187,24 @@ def _conv_steps(edits: Sequence[Settings]) -> dict[int, int]:
     return wanted
 
 
-def _videos(root: Path, entry: ClipEntry, where: Where, problems: _Problems) -> list[Path]:
+def _videos(
+    root: Path, entry: ClipEntry, output: Path, where: Where, problems: _Problems
+) -> list[Path]:
     """The files that `video` names: one file, a glob's matches, or a folder's videos."""
-    target = root / entry.video
-    if target.is_dir():
-        found = sorted(p for p in target.rglob("*") if _is_video(p))
-        nothing = f"no video files in folder {target}"
-    elif glob.has_magic(entry.video) and not target.exists():
-        found = sorted(root.glob(entry.video)) if not Path(entry.video).is_absolute() else []
-        found = found or sorted(map(Path, glob.glob(entry.video, recursive=True)))  # noqa: PTH207
-        found = [p for p in found if p.is_file()]
-        nothing = f"no file matches {entry.video!r} in {root}"
-    else:
-        return [target]  # a missing file is that job's failure, not the batch's
+    target = root / Path(entry.video).expanduser()
+    try:
+        if target.is_dir():
+            inside = (p for p in target.rglob("*") if _is_video(p.relative_to(target), target))
+            found = sorted(p for p in inside if not p.is_relative_to(output))
+            nothing = f"no video files in folder {target}"
+        elif glob.has_magic(entry.video) and not target.exists():
+            matches = glob.glob(str(target), recursive=True)  # noqa: PTH207 - takes any pattern
+            found = sorted(p for p in map(Path, matches) if p.is_file())
+            nothing = f"no file matches {target}"
+        else:
+            return [target]  # a missing file is that job's failure, not the batch's
+    except (OSError, ValueError) as error:
+        found, nothing = [], f"{entry.video!r} can't be looked up: {error}"
     if not found:
         problems.add((*where, "video"), nothing)
     if entry.name is not None and len(found) > 1:
@@ -185,8 +212,21 @@ def _videos(root: Path, entry: ClipEntry, where: Where, problems: _Problems) -> 
     return found
 
 
-def _is_video(path: Path) -> bool:
-    return path.is_file() and path.suffix.lower() in VIDEO_SUFFIXES and path.name[0] != "."
+def _clip_name(entry: ClipEntry, video: Path, where: Where, problems: _Problems) -> str:
+    """The clip's name, or the file's, which must do as a folder's."""
+    if entry.name is not None:
+        return entry.name
+    try:
+        return _NAME.validate_python(video.stem)
+    except ValidationError:
+        message = f"{video.stem!r} can't be a folder's name: give the clip a `name`"
+        problems.add((*where, "video"), message)
+        return video.stem
+
+
+def _is_video(path: Path, folder: Path) -> bool:
+    hidden = any(part.startswith(".") for part in path.parts)
+    return not hidden and path.suffix.lower() in VIDEO_SUFFIXES and (folder / path).is_file()
 
 
 def _refuse_equal_names(jobs: Iterable[Job], problems: _Problems) -> None:
@@ -207,7 +247,7 @@ def _refuse_equal_names(jobs: Iterable[Job], problems: _Problems) -> None:
 
 def _model_reference(root: Path, model: str) -> str:
     """A path relative to the manifest if it exists, else the text as it stands (hub id, demo)."""
-    local = root / model
+    local = root / Path(model).expanduser()
     return str(local) if model != "demo" and local.exists() else model
 
 
@@ -216,7 +256,7 @@ def _split(
 ) -> tuple[M | None, Level]:
     """Part a level into its own entry (if it has one) and the settings it passes on."""
     own = set(model.model_fields) if model else set()
-    known = own | set(Settings.model_fields)
+    known = own | (set(Settings.model_fields) - {"prompt"})
     for key in raw:
         if key not in known:
             problems.add((*where, key), _unknown(str(key), known))

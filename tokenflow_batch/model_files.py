@@ -6,10 +6,11 @@ checkpoint file. Only safetensors are ever used.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from tokenflow_batch.errors import ModelError
+from tokenflow_batch.errors import ModelError, VideoError
 from tokenflow_batch.files import DigestMemory, digest_json
 
 DEMO = Path(__file__).parent / "demo" / "model"
@@ -49,11 +50,14 @@ class ModelFiles:
 
     def fingerprint(self, memory: DigestMemory, *components: str) -> str:
         """Digest of the given components' names and contents; where they lie doesn't matter."""
-        parts = {
-            f"{component}/{file.name}": memory.digest(file)
-            for component in components
-            for file in self.files(component)
-        }
+        try:
+            parts = {
+                f"{component}/{file.name}": memory.digest(file)
+                for component in components
+                for file in self.files(component)
+            }
+        except VideoError as error:
+            raise ModelError(error.message) from None
         return digest_json(parts)
 
 
@@ -102,6 +106,9 @@ def _single_file(path: Path, base_config: str | None, *, download: bool) -> Mode
 
 
 def _folder(path: Path, model: str) -> ModelFiles:
+    kind = _pipeline_class(path)
+    if kind is not None and kind not in _KINDS:
+        raise ModelError(f"model {model!r}: a {kind}, not Stable Diffusion 1.x / 2.x")
     missing = [c for c in COMPONENTS if not (path / c).is_dir()]
     if not (path / "model_index.json").is_file() or missing:
         what = f"no {', '.join(missing)}" if missing else "no model_index.json"
@@ -114,6 +121,14 @@ def _folder(path: Path, model: str) -> ModelFiles:
         hint="pickled weights (.bin, .ckpt) are never loaded; save the pipeline with "
         "`save_pretrained(..., safe_serialization=True)`",
     )
+
+
+def _pipeline_class(path: Path) -> str | None:
+    try:
+        raw = json.loads((path / "model_index.json").read_text("utf-8"))
+        return str(raw["_class_name"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # reported as what else is missing
 
 
 def _weights(folder: Path, variant: str | None) -> list[Path]:
@@ -147,7 +162,8 @@ def _snapshot(repo: str, *, download: bool, weights: bool = True) -> Path:
                     repo, allow_patterns=patterns, ignore_patterns=ignore, local_files_only=local
                 )
             )
-            if not local or (path / "model_index.json").is_file():
+            whole = not weights or any(path.glob("unet/*.safetensors"))
+            if not local or ((path / "model_index.json").is_file() and whole):
                 return path
         except (OSError, ValueError, HFValidationError) as error:  # network, 404, gated, not cached
             last = error

@@ -7,8 +7,8 @@ tokens, E embedding width.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
-import importlib.util
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -43,7 +43,14 @@ class Compute:
         """Everything about this process that decides bits, for the record beside the results."""
         packages = ["torch", "diffusers", "transformers", "numpy", "zarr", "av", "pillow"]
         packages += ["xformers"] if self.attention == "xformers" else []
-        backends = {"attention": self.attention, "correspondence": self.matching}
+        backends: dict[str, str] = {
+            "attention": self.attention,
+            "correspondence": self.matching,
+        }
+        if self.matching == "faiss":
+            import faiss
+
+            backends["faiss"] = faiss.__version__
         return {
             "device": _device_name(self.device),
             "dtype": str(self.dtype).removeprefix("torch."),
@@ -54,7 +61,11 @@ class Compute:
 
 
 def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    """What decides bits of a device: a GPU's kind and libraries, a CPU's vector instructions."""
+    if device.type != "cuda":
+        return f"{device.type} {torch.backends.cpu.get_cpu_capability()}"
+    name = torch.cuda.get_device_name(device)
+    return f"{name}, CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"
 
 
 def resolve(runtime: Runtime) -> Compute:
@@ -78,6 +89,7 @@ def resolve(runtime: Runtime) -> Compute:
         kind = "fp16" if device.type == "cuda" else "fp32"
     set_threads(runtime.threads)
     torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.benchmark = False  # it picks kernels by timing: other bits each run
     torch.backends.cudnn.deterministic = True
     return Compute(device, _DTYPES[kind], runtime.threads, attention, matching)
@@ -86,7 +98,7 @@ def resolve(runtime: Runtime) -> Compute:
 def set_threads(threads: int) -> None:
     """Set the CPU threads of every library that computes: launchers change them silently."""
     torch.set_num_threads(threads)
-    if importlib.util.find_spec("faiss") is not None:
+    with contextlib.suppress(ImportError):  # FAISS is optional
         import faiss
 
         faiss.omp_set_num_threads(threads)
@@ -126,17 +138,26 @@ class Model:
                 f"{self.latent_channels}: an inpainting or depth model can't be used here"
             )
 
+    def timesteps(self, steps: int) -> list[int]:
+        """The scheduler's timesteps for `steps` steps, noisiest first."""
+        self._scheduler.set_timesteps(steps)
+        return [int(t) for t in self._scheduler.timesteps]
+
+    def frame_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
+        """(C, h, w) of one frame's latents at a working (width, height) in pixels."""
+        width, height = size
+        return self.latent_channels, height // self.vae_factor, width // self.vae_factor
+
     def schedule(self, steps: int) -> Schedule:
         """The model's own timesteps for `steps` sampling steps.
 
         Raises:
             ModelError: the noise schedule can't do that.
         """
-        scheduler = self._scheduler
-        if steps > scheduler.config.num_train_timesteps:
-            raise ModelError(f"the model was trained with fewer than {steps} timesteps")
-        scheduler.set_timesteps(steps)
-        timesteps = [int(t) for t in scheduler.timesteps]
+        scheduler, timesteps = self._scheduler, self.timesteps(steps)
+        trained: int = scheduler.config.num_train_timesteps
+        if steps > trained or max(timesteps) >= trained:
+            raise ModelError(f"{steps} steps are too many for this model's {trained} timesteps")
         alphas = [float(scheduler.alphas_cumprod[t]) for t in timesteps]
         if min(alphas) <= 0:
             raise ModelError("a noise schedule with zero terminal signal is not supported")
@@ -166,7 +187,20 @@ class Model:
         Raises:
             ModelError: the prompt is longer than that.
         """
-        limit = min(
+        limit = self.check_prompt(prompt)
+        ids = self._tokenizer(
+            prompt, padding="max_length", max_length=limit, return_tensors="pt"
+        ).input_ids
+        embedded: Tensor = self._text_encoder(ids.to(self.compute.device))[0]
+        return embedded[0]
+
+    def check_prompt(self, prompt: str) -> int:
+        """Make sure that a prompt fits; returns the text encoder's length T.
+
+        Raises:
+            ModelError: it doesn't.
+        """
+        limit: int = min(
             self._tokenizer.model_max_length, self._text_encoder.config.max_position_embeddings
         )
         length = len(self._tokenizer(prompt).input_ids)
@@ -176,11 +210,7 @@ class Model:
                 f"(two of them mark start and end): {prompt!r}",
                 hint="shorten the prompt: what is over the limit would be ignored",
             )
-        ids = self._tokenizer(
-            prompt, padding="max_length", max_length=limit, return_tensors="pt"
-        ).input_ids
-        embedded: Tensor = self._text_encoder(ids.to(self.compute.device))[0]
-        return embedded[0]
+        return limit
 
 
 def load(files: ModelFiles, compute: Compute) -> Model:
@@ -219,9 +249,24 @@ def load(files: ModelFiles, compute: Compute) -> Model:
     except Exception as error:  # diffusers raises almost anything on files it can't read
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(f"{files.path}: can't be loaded as Stable Diffusion: {reason}") from error
+    if pipeline.unet.dtype != compute.dtype:
+        raise ModelError(f"{files.path}: loaded as {pipeline.unet.dtype}, not {compute.dtype}")
     if compute.attention == "xformers":
         pipeline.unet.enable_xformers_memory_efficient_attention()
     return Model(pipeline, compute)
+
+
+def require_finite(x: Tensor, what: str) -> None:
+    """Stop before a NaN or an overflow is stored, blended and rendered black.
+
+    Raises:
+        ModelError: some value is not finite.
+    """
+    if not bool(torch.isfinite(x).all()):
+        raise ModelError(
+            f"{what}: the model gave values that are not finite",
+            hint="half precision may overflow: set runtime.dtype to bf16 or fp32",
+        )
 
 
 def _quiet_libraries() -> None:

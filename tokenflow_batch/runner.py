@@ -9,7 +9,8 @@ import filecmp
 import logging
 import shutil
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,8 +33,8 @@ from tokenflow_batch.inputs import Inputs
 from tokenflow_batch.models import Compute, Model, load, resolve
 from tokenflow_batch.stages import IMPLEMENTATIONS
 from tokenflow_batch.stages.base import Progress, StageContext
-from tokenflow_batch.stages.render import VIDEO_FILE
-from tokenflow_batch.stages.report import METRICS, SHEET, SIDE_BY_SIDE
+from tokenflow_batch.stages.render import VIDEO, VIDEO_FILE
+from tokenflow_batch.stages.report import METRICS, REPORT, SHEET, SIDE_BY_SIDE
 
 log = logging.getLogger("tokenflow_batch")
 
@@ -107,23 +108,23 @@ class Runner:
     ) -> None:
         job, context = result.job, self.context(result.job)
         for stage in force:
-            folder = context.folder(stage).folder
-            if folder not in forced:
-                shutil.rmtree(folder, ignore_errors=True)
-                forced.add(folder)
+            self._begin_anew(context, stage, forced)
         seen: set[tuple[str, str]] = set()
         while True:
             try:
                 for stage in stages:
                     self._stage(context, stage, result)
+                    self._publish(context, stage, result)
                 break
             except DamagedUnit as damage:
                 if (damage.stage, damage.unit) in seen or damage.stage not in stages:
                     raise
                 seen.add((damage.stage, damage.unit))
-                log.warning("%s: %s; it is computed again", job.name, damage.message)
-                context.folder(damage.stage).forget(damage.unit)  # type: ignore[arg-type]
-        result.outputs = self._publish(context, stages)
+                folder = context.folder(damage.stage)  # type: ignore[arg-type]
+                folder.forget(damage.unit)
+                more = folder.forget_flawed()
+                what = f"it and {more} more units are" if more else "it is"
+                log.warning("%s: %s; %s computed again", job.name, damage.message, what)
 
     def _stage(self, context: StageContext, stage: StageName, result: JobResult) -> None:
         implementation, folder = IMPLEMENTATIONS[stage], context.folder(stage)
@@ -137,21 +138,44 @@ class Runner:
                     f"{stage} needs {needed}, which is not done",
                     hint=f"run `tokenflow-batch {needed}` first, or `tokenflow-batch run`",
                 )
-        described = context.keys[stage].described
-        lock = self.inputs.workspace.lock(stage, folder.key)
-        lock.parent.mkdir(parents=True, exist_ok=True)
+        with self._locked(context, stage):
+            folder.open(context.keys[stage].described, self.compute.numerics())
+            implementation.run(context, folder)
+            folder.finish({})
+        if stage not in result.ran:
+            result.ran.append(stage)
+
+    @contextmanager
+    def _locked(self, context: StageContext, stage: StageName) -> Iterator[None]:
+        """Hold the stage's lock, which the operating system releases if this process dies."""
+        path = self.inputs.workspace.lock(stage, context.keys[stage].key)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path, timeout=0)
         try:
-            with FileLock(lock, timeout=0):
-                folder.open(described, self.compute.numerics())
-                implementation.run(context, folder)
-                folder.finish({})
+            lock.acquire()
         except Timeout:
             raise LockedError(
                 f"{stage} of {context.job.name} is being worked on by another process",
                 hint="wait for it, or run again later: nothing is lost",
             ) from None
-        if stage not in result.ran:
-            result.ran.append(stage)
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def _begin_anew(self, context: StageContext, stage: StageName, forced: set[Path]) -> None:
+        """Remove a stage's result, and those of later stages, which came from it."""
+        for later in STAGES[STAGES.index(stage) :]:
+            folder = context.folder(later).folder
+            if folder in forced:
+                continue
+            forced.add(folder)
+            with self._locked(context, later):
+                if folder.exists():
+                    aside = folder.with_name(f"{folder.name}.removed")
+                    shutil.rmtree(aside, ignore_errors=True)
+                    folder.rename(aside)  # first, so that a kill leaves no half of it
+                    shutil.rmtree(aside)
 
     @property
     def model(self) -> Model:
@@ -180,22 +204,27 @@ class Runner:
             warn=log.warning,
         )
 
-    def _publish(self, context: StageContext, stages: Sequence[StageName]) -> list[Path]:
-        """Copy a job's results to the output folder; each file appears whole or not at all."""
+    def _publish(self, context: StageContext, stage: StageName, result: JobResult) -> None:
+        """Copy a stage's results to the output folder; each file appears whole or not at all.
+
+        Raises:
+            DamagedUnit: a result is not what was committed.
+        """
         job, workspace = context.job, self.inputs.workspace
         details = workspace.details(job.clip, job.edit)
-        wanted: Mapping[StageName, Mapping[str, Path]] = {
-            "render": {VIDEO_FILE: workspace.video(job.clip, job.edit)},
-            "report": {name: details / name for name in (METRICS, SHEET, SIDE_BY_SIDE)},
+        wanted: Mapping[StageName, tuple[str, Mapping[str, Path]]] = {
+            "render": (VIDEO, {VIDEO_FILE: workspace.video(job.clip, job.edit)}),
+            "report": (REPORT, {n: details / n for n in (METRICS, SHEET, SIDE_BY_SIDE)}),
         }
-        outputs = []
-        for stage, files in wanted.items():
-            folder = context.folder(stage).folder
-            if stage in stages:
-                for name, target in files.items():
-                    _copy(folder / name, target)
-                    outputs.append(target)
-        return outputs
+        if stage not in wanted:
+            return
+        unit, files = wanted[stage]
+        folder = context.folder(stage)
+        folder.check(unit)
+        for name, target in files.items():
+            _copy(folder.folder / name, target)
+            if target not in result.outputs:
+                result.outputs.append(target)
 
     def _translate(self, job: Job, error: Exception) -> TokenflowBatchError:
         """Any exception as a message; the traceback of what nobody foresaw goes to a file."""
@@ -210,7 +239,8 @@ class Runner:
         if isinstance(error, MemoryError | torch.cuda.OutOfMemoryError) or _NO_MEMORY in str(error):
             return OutOfMemoryError(
                 f"out of memory: {str(error).splitlines()[0] if str(error) else 'host'}",
-                hint="lower `unet_batch`, `vae_batch`, `segment_length` or `resolution`",
+                hint="lower `vae_batch` (encode, render), `unet_batch` (invert, match) or "
+                "`resolution`; `edit` holds all keyframes of a clip, so a shorter clip helps too",
             )
         if isinstance(error, OSError) and error.filename is not None:
             return StoreError(

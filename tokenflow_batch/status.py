@@ -10,7 +10,8 @@ from tokenflow_batch.errors import DamagedUnit
 from tokenflow_batch.inputs import Inputs
 from tokenflow_batch.ledger import StageFolder
 
-State = Literal["done", "begun", "waiting", "damaged"]
+State = Literal["done", "begun", "waiting", "damaged", "unknown"]
+"""`unknown`: an input file has changed or was never read, so its digest is not known."""
 
 
 @dataclass(frozen=True)
@@ -44,13 +45,15 @@ def status(batch: Batch) -> list[JobStatus]:
         stages: dict[StageName, StageStatus] = {}
         for stage in STAGES:
             if keys is None:
-                stages[stage] = StageStatus("waiting", 0)
+                began = inputs.workspace.digests.exists()
+                stages[stage] = StageStatus("unknown" if began else "waiting", 0)
             else:
                 key = keys[stage].key
                 folder = StageFolder(inputs.workspace.stage(stage, key), stage, key)
                 stages[stage] = _stage_status(folder)
         video = inputs.workspace.video(job.clip, job.edit)
-        found.append(JobStatus(job.clip, job.edit, stages, video.is_file()))
+        published = stages["render"].state == "done" and video.is_file()
+        found.append(JobStatus(job.clip, job.edit, stages, published))
     return found
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from tokenflow_batch.config import Job, Settings, StageName
@@ -42,6 +42,7 @@ class StageContext:
     model: Callable[[], Model]
     progress: Progress
     warn: Callable[[str], None]
+    _folders: dict[StageName, StageFolder] = field(default_factory=dict, repr=False)
 
     @property
     def settings(self) -> Settings:
@@ -49,9 +50,11 @@ class StageContext:
         return self.job.settings
 
     def folder(self, stage: StageName) -> StageFolder:
-        """The folder of one of the job's stages."""
+        """The folder of one of the job's stages; it remembers which units were checked."""
         key = self.keys[stage].key
-        return StageFolder(self.workspace.stage(stage, key), stage, key)
+        return self._folders.setdefault(
+            stage, StageFolder(self.workspace.stage(stage, key), stage, key)
+        )
 
     @property
     def float_dtype(self) -> str:

@@ -61,7 +61,7 @@ def read_clip(context: StageContext) -> Clip:
 
     Raises:
         DamagedUnit: the facts are not what was committed.
-        VideoError: the source doesn't fit the requested resolution.
+        ValueError: the requested resolution is none of the model's (the probe has refused it).
     """
     folder = context.folder("encode")
     record = folder.check(PROBE)
@@ -103,6 +103,7 @@ class InvertedLatents:
         data = self._store.read("latents", (self._position[step],), frames)
         return torch.from_numpy(data).float()
 
-    def residuals(self, step: int) -> Tensor:
-        """(F,) float32: how far one more evaluation would have moved each frame; NaN if plain."""
-        return torch.from_numpy(self._store.read("residual", (self._position[step],)))
+    def noisiest(self, frames: Sequence[int]) -> Tensor:
+        """(N, C, h, w) float32 after the last inversion step, which may be past the sampling's."""
+        data = self._store.read("latents", (self._store.specs["latents"].lead[0] - 1,), frames)
+        return torch.from_numpy(data).float()

@@ -11,13 +11,14 @@ from torch import Tensor
 
 from tokenflow_batch.config import Settings
 from tokenflow_batch.ledger import StageFolder
+from tokenflow_batch.models import require_finite
 from tokenflow_batch.plan import injection_of
 from tokenflow_batch.stages.base import Advance, Stage, StageContext
-from tokenflow_batch.stages.clip import Clip, InvertedLatents, read_clip
+from tokenflow_batch.stages.clip import CleanLatents, Clip, InvertedLatents, read_clip
 from tokenflow_batch.stages.match import array_name, sites_by_tokens
 from tokenflow_batch.store import ArraySpec, ArrayStore, unit_name
 from tokenflow_batch.tokenflow.attention import Hooks, tokenflow_hooks
-from tokenflow_batch.tokenflow.ddim import Schedule
+from tokenflow_batch.tokenflow.ddim import Schedule, renoise
 from tokenflow_batch.tokenflow.denoise import (
     Denoiser,
     EditSettings,
@@ -42,22 +43,30 @@ class Edit(Stage):
         """See `Stage.run`."""
         s, clip, model = context.settings, read_clip(context), context.model()
         schedule = model.schedule(s.steps)
-        source = InvertedLatents(
-            context.folder("invert"), schedule, model.schedule(s.inversion_steps)
-        )
+        inversion = model.schedule(s.inversion_steps)
+        source = InvertedLatents(context.folder("invert"), schedule, inversion)
         windows, sampler = plan_windows(clip.frames, s.segment_length), SAMPLERS[s.sampler]
-        width, height = clip.geometry.working
-        latent_hw = (height // model.vae_factor, width // model.vae_factor)
-        frame_shape = (model.latent_channels, *latent_hw)
+        frame_shape = model.frame_shape(clip.geometry.working)
         store = ArrayStore.create(folder, _specs(clip, windows, s, sampler, frame_shape))
         prompts = Prompts(*(model.embed(p) for p in (s.source_prompt, s.negative_prompt, s.prompt)))
         first = _resume_at(folder, clip, s)
+        for step in range(first):  # a killed process may not have come to it
+            _drop_step(folder, step, windows, clip)
         denoiser = Denoiser(model.unet, model.prediction_type)
         with (
             tokenflow_hooks(model.unet, context.compute.attention) as hooks,
             context.progress("edit", (s.steps - first) * clip.frames) as advance,
         ):
-            inputs = _Inputs(context, store, source, sampler, hooks.sites, latent_hw)
+            inputs = _Inputs(
+                context,
+                store,
+                source,
+                sampler,
+                schedule,
+                inversion,
+                hooks.sites,
+                frame_shape[1:],
+            )
             work = _Editing(
                 clip, store, inputs, denoiser, hooks, prompts, _edit_settings(context), schedule
             )
@@ -119,6 +128,14 @@ def _resume_at(folder: StageFolder, clip: Clip, settings: Settings) -> int:
     return settings.first_step
 
 
+def _drop_step(folder: StageFolder, step: int, windows: Sequence[Window], clip: Clip) -> None:
+    """Remove what led to the next step's latents, now that they are there."""
+    for window in windows:
+        folder.drop(unit_name("window", (step, window.index, 0)))
+    for chunk in clip.chunks:
+        folder.drop(unit_name("advance", (step, chunk.index)))
+
+
 @dataclass
 class _Inputs:
     """A window's inputs out of the stores, at `step`."""
@@ -127,6 +144,8 @@ class _Inputs:
     store: ArrayStore
     source_latents: InvertedLatents
     sampler: Sampler
+    schedule: Schedule
+    inversion: Schedule
     sites: Sequence[Site]
     latent_hw: tuple[int, int]
     step: int = 0
@@ -143,12 +162,20 @@ class _Inputs:
     def state(self, frames: Sequence[int]) -> State:
         """Latents and sampler history before the step."""
         if self.step == self.context.settings.first_step:
-            return State(self.source(frames))
+            return State(self._start(frames))
         x, *history = (
             torch.from_numpy(self.store.read(name, (self.step,), frames))
             for name in _state_names(self.sampler)
         )
         return State(x, tuple(history))
+
+    def _start(self, frames: Sequence[int]) -> Tensor:
+        """Where sampling begins: the inverted latents; as published, the clean ones re-noised."""
+        if self.context.settings.mode != "official":
+            return self.source(frames)
+        clean = CleanLatents(self.context.folder("encode")).read(frames)
+        noisiest, inversion = self.source_latents.noisiest(frames), self.inversion
+        return renoise(clean, noisiest, inversion.alphas[0], self.schedule.alphas[self.step])
 
     def source(self, frames: Sequence[int]) -> Tensor:
         """Inverted latents at the step."""
@@ -196,10 +223,7 @@ class _Editing:
             if not folder.committed(unit_name("advance", (step + 1, chunk.index))):
                 self._advance(step, chunk, windows, s.first_step, sampler)
             advance(len(chunk))
-        for window in windows:
-            folder.drop(unit_name("window", (step, window.index, 0)))
-        for chunk in self.clip.chunks:
-            folder.drop(unit_name("advance", (step, chunk.index)))
+        _drop_step(folder, step, windows, self.clip)
 
     def _window(self, step: int, window: Window, keyframes: Sequence[int]) -> None:
         rows, began = self.denoiser.rows, time.perf_counter()
@@ -215,6 +239,7 @@ class _Editing:
             keyframes=[keyframes[segment.index] for segment in window.segments],
             frames=range(window.start, window.stop),
         )
+        require_finite(noise, f"sampling step {step}, frames {window.start} to {window.stop}")
         facts = {"rows": self.denoiser.rows - rows, "seconds": time.perf_counter() - began}
         self.store.write((step, window.index, 0), {"noise": noise.numpy()}, facts)
 

@@ -31,13 +31,10 @@ class Encode(Stage):
         if not folder.available(PROBE):
             _probe(context, folder)
         clip = read_clip(context)
-        model = context.model()
-        width, height = clip.geometry.working
-        frame_shape = (
-            model.latent_channels,
-            height // model.vae_factor,
-            width // model.vae_factor,
-        )
+        model, s = context.model(), context.settings
+        for prompt in (s.source_prompt, s.negative_prompt, s.prompt):
+            model.check_prompt(prompt)  # now, rather than after hours of inversion
+        frame_shape = model.frame_shape(clip.geometry.working)
         spec = ArraySpec(
             "encode", (), clip.frames, clip.chunk_frames, frame_shape, context.float_dtype
         )

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tokenflow_batch.errors import ModelError
 from tokenflow_batch.ledger import StageFolder
+from tokenflow_batch.models import Model, require_finite
 from tokenflow_batch.stages.base import Stage, StageContext
 from tokenflow_batch.stages.clip import CleanLatents, read_clip
 from tokenflow_batch.store import ArraySpec, ArrayStore, unit_name
@@ -36,7 +37,7 @@ class Invert(Stage):
         """See `Stage.run`."""
         s, clip, model = context.settings, read_clip(context), context.model()
         schedule, sampling = model.schedule(s.inversion_steps), model.schedule(s.steps)
-        kept = _kept(schedule, sampling)
+        kept = _kept(model, schedule, sampling)
         clean = CleanLatents(context.folder("encode"))
         lead = (len(schedule),)
         per_frame = (lead, clip.frames, clip.chunk_frames)
@@ -62,14 +63,21 @@ class Invert(Stage):
                         folder.drop(unit_name("invert", (i - 1, chunk.index)))
 
 
-def _kept(schedule: Schedule, sampling: Schedule) -> list[bool]:
+def _possible(model: Model, steps: int) -> str:
+    wanted = set(model.schedule(steps).timesteps)
+    fitting = (n for n in range(steps, 1000) if wanted <= set(model.timesteps(n)))
+    return ", ".join(map(str, fitting))
+
+
+def _kept(model: Model, schedule: Schedule, sampling: Schedule) -> list[bool]:
     """Which inversion steps, in ascending noise, are sampling timesteps."""
     wanted = set(sampling.timesteps)
     if not wanted <= set(schedule.timesteps):
         raise ModelError(
             f"{len(schedule)} inversion steps don't pass through the {len(sampling)} sampling "
             "timesteps",
-            hint="make `inversion_steps` a multiple of `steps`",
+            hint="a number of inversion steps works if the timesteps of `steps` are among its own: "
+            f"for this model {_possible(model, len(sampling))}",
         )
     kept = [t in wanted for t in reversed(schedule.timesteps)]
     kept[-1] = True  # the noisiest latent, which the published code starts from
@@ -108,6 +116,7 @@ class _Inversion:
         """Compute and commit inversion step `i` of `chunk`."""
         rows, began = self.denoiser.rows, time.perf_counter()
         done = [self._batch(i, b) for b in batches(chunk.frames, self.settings.unet_batch)]
+        require_finite(torch.cat([d.x for d in done]), f"inversion step {i}, {chunk.frames}")
         values = {
             "latents": torch.cat([d.x for d in done]).cpu().numpy(),
             "residual": torch.cat([d.residual for d in done]).cpu().numpy().astype(np.float32),
@@ -116,6 +125,9 @@ class _Inversion:
             "rows": self.denoiser.rows - rows,
             "seconds": time.perf_counter() - began,
         }
+        if self.settings.inversion_iterations > 0:
+            facts["residual_sum"] = float(values["residual"].sum())
+            facts["residual_largest"] = float(values["residual"].max())
         self.store.write((i, chunk.index), values, facts)
 
     def _batch(self, i: int, frames: Sequence[int]) -> Inverted:
@@ -129,7 +141,8 @@ class _Inversion:
         if self.settings.inversion_iterations == 0:
             return invert_plain(noise, x, t, alpha, alpha_t)
         warm = None
-        if i > 0:  # the noise that the previous step went along: state that needs no storing
+        if i > 0 and self._alpha(i - 2) != alpha:
+            # The noise that the previous step went along: state that needs no storing.
             warm = implied_noise(self._latents(i - 2, frames), x, self._alpha(i - 2), alpha)
         return invert_fixed_point(
             noise,

@@ -42,8 +42,8 @@ class Match(Stage):
         source = InvertedLatents(
             context.folder("invert"), sampling, model.schedule(s.inversion_steps)
         )
-        width, height = clip.geometry.working
-        latent_hw = (height // model.vae_factor, width // model.vae_factor)
+        _, *hw = model.frame_shape(clip.geometry.working)
+        latent_hw = (hw[0], hw[1])
         sites = attention_sites(model.unet)
         conv = conv_shape(model.unet, latent_hw)
         specs = _specs(context, clip, sites, latent_hw, conv)
@@ -63,9 +63,7 @@ class Match(Stage):
             work = _Matching(context, clip, source, sampling, denoiser, hooks, embed, latent_hw)
             for step, chunk in units:
                 rows, began = denoiser.rows, time.perf_counter()
-                values = work.unit(step, chunk)
-                if step >= context.job.stored_conv_steps:
-                    values.pop("conv", None)
+                values = work.unit(step, chunk, keep_conv=step < context.job.stored_conv_steps)
                 facts = {"rows": denoiser.rows - rows, "seconds": time.perf_counter() - began}
                 store.write((step, chunk.index), values, facts)
                 advance(len(chunk))
@@ -129,8 +127,10 @@ class _Matching:
         self.denoiser, self.hooks, self.embed = denoiser, hooks, embed.unsqueeze(0)
         self.groups = sites_by_tokens(hooks.sites, latent_hw)
 
-    def unit(self, step: int, chunk: Chunk) -> dict[str, Array]:
+    def unit(self, step: int, chunk: Chunk, *, keep_conv: bool) -> dict[str, Array]:
         """Correspondences and convolution features of a chunk's frames at one step.
+
+        By array name: `index_L` (N, sites with L tokens, 2, L) and `conv` (N, C, h, w) float16.
 
         The keyframes that the chunk's frames look at go first, those just outside included; then
         the other frames, a batch at a time, so that tokens are held for keyframes alone.
@@ -140,7 +140,7 @@ class _Matching:
         used = sorted({k for n in near.values() for k in (n.first, n.second)})
         near = {f: _relative(n, used) for f, n in near.items()}
         keyframes = [drawn[k] for k in used]
-        filling = _Filling(chunk, near, self.groups, self.matching)
+        filling = _Filling(chunk, near, self.groups, self.matching, keep_conv=keep_conv)
         parts = [self._source(step, b) for b in batches(keyframes, self.settings.unet_batch)]
         filling.keyframe_tokens = [
             torch.cat(t) for t in zip(*(p.tokens for p in parts), strict=True)
@@ -172,8 +172,11 @@ class _Filling:
         near: dict[int, Neighbours],
         groups: dict[int, list[Site]],
         matching: Backend,
+        *,
+        keep_conv: bool,
     ) -> None:
         self.chunk, self.near, self.groups, self.matching = chunk, near, groups, matching
+        self.keep_conv = keep_conv
         self.keyframe_tokens: list[Tensor] = []
         self.values: dict[str, Array] = {
             array_name(tokens): np.empty((len(chunk), len(group), 2, tokens), index_dtype(tokens))
@@ -192,6 +195,8 @@ class _Filling:
                     tokens[site.index], self.keyframe_tokens[site.index], near, self.matching
                 )
                 self.values[array_name(count)][rows, position] = index_N2L.cpu().numpy()
+        if not self.keep_conv:
+            return
         conv = conv_NChw.half().cpu().numpy()
         if "conv" not in self.values:
             self.values["conv"] = np.empty((len(self.chunk), *conv.shape[1:]), np.float16)

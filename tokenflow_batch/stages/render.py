@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -31,26 +31,29 @@ class Render(Stage):
 
     def run(self, context: StageContext, folder: StageFolder) -> None:
         """See `Stage.run`."""
-        if folder.available(VIDEO):
-            return
         clip = read_clip(context)
         units = [unit_name("segment", (chunk.index,)) for chunk in clip.chunks]
-        for unit in units:
-            if folder.committed(unit) and not folder.available(unit):
-                folder.forget(unit)  # dropped after a join whose result has been lost since
-        missing = [c for c, u in zip(clip.chunks, units, strict=True) if not folder.committed(u)]
-        if missing:
-            _render_segments(context, folder, clip, missing)
-        for unit in units:
-            folder.check(unit)
-        segments = [_segment_path(folder, chunk) for chunk in clip.chunks]
-        source = context.job.video if context.settings.audio else None
-        output = folder.folder / VIDEO_FILE
-        for warning in join(segments, clip.facts, source, output):
-            context.warn(f"{context.job.video}: {warning}")
-        folder.commit(VIDEO, [output], {"frames": clip.frames})
+        if not folder.available(VIDEO):
+            _render(context, folder, clip, units)
         for unit in units:
             folder.drop(unit)
+
+
+def _render(context: StageContext, folder: StageFolder, clip: Clip, units: Sequence[str]) -> None:
+    for unit in units:
+        if folder.committed(unit) and not folder.available(unit):
+            folder.forget(unit)  # dropped after a join whose result has been lost since
+    missing = [c for c, u in zip(clip.chunks, units, strict=True) if not folder.committed(u)]
+    if missing:
+        _render_segments(context, folder, clip, missing)
+    for unit in units:
+        folder.check(unit)
+    segments = [_segment_path(folder, chunk) for chunk in clip.chunks]
+    source = context.job.video if context.settings.audio else None
+    output = folder.folder / VIDEO_FILE
+    for warning in join(segments, clip.facts, source, output):
+        context.warn(f"{context.job.video}: {warning}")
+    folder.commit(VIDEO, [output], {"frames": clip.frames})
 
 
 def _segment_path(folder: StageFolder, chunk: Chunk) -> Path:

@@ -14,12 +14,11 @@ from numpy.typing import NDArray
 from tokenflow_batch.config import STAGES
 from tokenflow_batch.files import replacing
 from tokenflow_batch.ledger import StageFolder
-from tokenflow_batch.metrics import Consistency, Running
+from tokenflow_batch.metrics import Consistency
 from tokenflow_batch.sheet import contact_sheet, sample_times
 from tokenflow_batch.stages.base import Stage, StageContext
 from tokenflow_batch.stages.clip import Clip, read_clip
 from tokenflow_batch.stages.render import VIDEO, VIDEO_FILE
-from tokenflow_batch.store import ArrayStore
 from tokenflow_batch.video import Encoding, join, probe, read_frames, write_segment
 
 REPORT = "report"
@@ -127,7 +126,7 @@ def _metrics(context: StageContext, clip: Clip, consistency: Consistency) -> dic
             "unit": "mean squared RGB difference in [0, 1] of neighbouring frames aligned by the "
             "source's DIS optical flow, occlusions left out",
         },
-        "inversion_residual": _residual(context),
+        "inversion_residual": _residual(context, clip.frames),
         "unet_rows": {**rows, "total": sum(rows.values())},
         "unet_rows_per_frame": {stage: n / clip.frames for stage, n in rows.items()},
         "unet_seconds": {k: round(t["seconds"], 3) for k, t in totals.items() if "seconds" in t},
@@ -137,12 +136,12 @@ def _metrics(context: StageContext, clip: Clip, consistency: Consistency) -> dic
     }
 
 
-def _residual(context: StageContext) -> dict[str, float | None]:
+def _residual(context: StageContext, frames: int) -> dict[str, float | None]:
     """How exactly the inversion solved the sampler's equation, over frames and steps."""
-    found = Running()
-    if context.settings.inversion_iterations > 0:
-        store = ArrayStore.open(context.folder("invert"))
-        for step in range(context.settings.inversion_steps):
-            for value in store.read("residual", (step,)).tolist():
-                found.add(value)
-    return {"mean": found.mean, "largest": found.largest if found.count else None}
+    folder = context.folder("invert")
+    records = (folder.record(unit) for unit in folder.units())
+    facts = [r.facts for r in records if r is not None and "residual_sum" in r.facts]
+    if not facts:
+        return {"mean": None, "largest": None}
+    mean = sum(f["residual_sum"] for f in facts) / (frames * context.settings.inversion_steps)
+    return {"mean": mean, "largest": max(f["residual_largest"] for f in facts)}

@@ -9,9 +9,9 @@ Shape suffixes: N batch rows, L tokens, M keys, H heads, D channels per head, C 
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, Literal, Protocol, TypeVar, cast
 
 import torch
@@ -29,12 +29,25 @@ def choose_attention(wanted: str, device_type: str) -> AttentionBackend:
     Raises:
         ValueError: `xformers` was asked for where it has no kernel.
     """
-    usable = device_type == "cuda" and importlib.util.find_spec("xformers") is not None
+    usable = wanted != "sdpa" and device_type == "cuda" and _xformers_works()
     if wanted == "auto":
         return "xformers" if usable else "sdpa"
     if wanted == "xformers" and not usable:
         raise ValueError(f"xformers has no attention kernel for {device_type} here")
     return cast(AttentionBackend, wanted)
+
+
+@cache
+def _xformers_works() -> bool:
+    """Whether xformers is there and has a kernel for this GPU: tried, not guessed."""
+    try:
+        from xformers.ops import memory_efficient_attention
+
+        tiny = torch.zeros(1, 8, 1, 8, dtype=torch.float16, device="cuda")
+        memory_efficient_attention(tiny, tiny, tiny)
+    except Exception:  # a wheel for another torch fails in many ways
+        return False
+    return True
 
 
 def attend(

@@ -7,7 +7,6 @@ indices save exact ties.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from functools import cache
 from typing import Any, Literal, cast
@@ -27,13 +26,11 @@ _TILE = 1 << 22
 @cache
 def faiss_available(device_type: str) -> bool:
     """Whether FAISS is installed with support for this kind of device."""
-    if importlib.util.find_spec("faiss") is None:
+    try:
+        import faiss
+    except ImportError:  # not installed, or without its libraries
         return False
-    if device_type == "cpu":
-        return True
-    import faiss
-
-    return hasattr(faiss, "StandardGpuResources")
+    return device_type == "cpu" or hasattr(faiss, "StandardGpuResources")
 
 
 def choose_backend(wanted: str, device_type: str) -> Backend:

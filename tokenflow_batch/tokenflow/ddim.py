@@ -55,6 +55,17 @@ def implied_noise(x_FChw: Tensor, x_to_FChw: Tensor, alpha: float, alpha_to: flo
     return (x_to_FChw - scale * x_FChw) / gain
 
 
+def renoise(
+    clean_FChw: Tensor, noisiest_FChw: Tensor, alpha_noisiest: float, alpha_to: float
+) -> Tensor:
+    """The published code's start: x₀ brought to ᾱ `alpha_to` along the noisiest latent's noise.
+
+    The noise is what is left of the noisiest inverted latent beside x₀.
+    """
+    noise = (noisiest_FChw - alpha_noisiest**0.5 * clean_FChw) / (1 - alpha_noisiest) ** 0.5
+    return alpha_to**0.5 * clean_FChw + (1 - alpha_to) ** 0.5 * noise
+
+
 def noise_from_prediction(
     prediction_FChw: Tensor, x_FChw: Tensor, alpha: float, prediction_type: str
 ) -> Tensor:

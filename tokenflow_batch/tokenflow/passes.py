@@ -28,12 +28,10 @@ class SourcePass:
     """Plain UNet evaluation of source frames that keeps tokens φ and convolution features.
 
     Attributes:
-        tokens: per site, φ (N, L, C).
         conv: convolution features at the PnP site, (N, C, h, w).
     """
 
     def __init__(self) -> None:
-        self.tokens: list[Tensor] = []
         self.conv: Tensor | None = None
         self._by_site: dict[int, Tensor] = {}
 
@@ -46,8 +44,12 @@ class SourcePass:
     ) -> Tensor:
         """Keep φ, compute as usual."""
         self._by_site[site.index] = tokens_NLC
-        self.tokens = [self._by_site[i] for i in sorted(self._by_site)]
         return plain()
+
+    @property
+    def tokens(self) -> list[Tensor]:
+        """Per site in order, φ (N, L, C)."""
+        return [self._by_site[i] for i in sorted(self._by_site)]
 
     def conv_features(self, features_NChw: Tensor) -> Tensor:
         """Keep the features, change nothing."""
