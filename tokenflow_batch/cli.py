@@ -146,7 +146,7 @@ def demo(
     folder: Annotated[
         Path, typer.Argument(help="Where to put the clip, the manifest and the results.")
     ] = Path("outputs/demo"),
-    frames: Annotated[int, typer.Option(min=1, help="Length of the generated clip.")] = 24,
+    frames: Annotated[int, typer.Option(min=1, help="Length of the generated clip.")] = 20,
     seed: Annotated[int, typer.Option(help="Which scene is generated.")] = 0,
     threads: ThreadsOption = None,
     as_json: JsonOption = False,

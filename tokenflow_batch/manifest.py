@@ -337,8 +337,17 @@ class _Text:
         return line + 1
 
 
-def _refuse_duplicate_keys(path: Path, node: yaml.Node) -> None:
+def _refuse_duplicate_keys(path: Path, root: yaml.Node) -> None:
     """YAML keeps the last of two equal keys without a word: an edit would be lost."""
+    waiting, visited = [root], set[int]()
+    while waiting:
+        node = waiting.pop()
+        if id(node) not in visited:  # an anchor may stand in many places, even in itself
+            visited.add(id(node))
+            waiting += _unique_children(path, node)
+
+
+def _unique_children(path: Path, node: yaml.Node) -> list[yaml.Node]:
     children = node.value if isinstance(node, yaml.SequenceNode) else []
     if isinstance(node, yaml.MappingNode):
         seen: set[str] = set()
@@ -348,8 +357,7 @@ def _refuse_duplicate_keys(path: Path, node: yaml.Node) -> None:
                 raise ManifestError(f"{path}:{line}: `{key.value}` is given twice")
             seen.add(key.value)
         children = [value for _, value in node.value]
-    for child in children:
-        _refuse_duplicate_keys(path, child)
+    return children
 
 
 @dataclass

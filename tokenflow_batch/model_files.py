@@ -20,6 +20,7 @@ _WEIGHTS = {
     "unet": "diffusion_pytorch_model",
     "text_encoder": "model",
 }
+_FILES = {".safetensors", ".ckpt", ".bin", ".pt", ".pth", ".yaml", ".json"}
 _SMALL = ("*.json", "*.txt", "*.model")
 _KINDS = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
 
@@ -76,7 +77,8 @@ def locate(model: str, base_config: str | None = None, *, download: bool = True)
         return _folder(path, model)
     if path.is_file():
         return _single_file(path, base_config, download=download)
-    if path.suffix or model.count("/") != 1 or model.startswith((".", "/")):
+    looks_like_a_file = path.suffix in _FILES or model.startswith((".", "/", "~"))
+    if looks_like_a_file or model.count("/") != 1:
         raise ModelError(
             f"model {model!r}: no such folder or file, and not a hub id (owner/name)",
             hint="paths are relative to the manifest",

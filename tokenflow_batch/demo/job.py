@@ -33,9 +33,7 @@ def write_demo(folder: Path, *, frames: int, seed: int) -> Path:
     clip = Clip.random(seed, frames)
     now = clip.params(0)
     colour = "blue" if now.color in ("red", "orange", "pink", "yellow") else "red"
-    edits = {colour: recoloured(clip, color=colour), "striped": recoloured(clip, texture="striped")}
-    if now.texture == "striped":
-        edits.pop("striped")
+    wanted = recoloured(clip, color=colour)
     write_clip(folder / "clip.mp4", clip)
     manifest = {
         "version": 1,
@@ -48,7 +46,7 @@ def write_demo(folder: Path, *, frames: int, seed: int) -> Path:
             {
                 "video": "clip.mp4",
                 "source_prompt": clip.caption,
-                "edits": [{"name": n, "prompt": c.caption} for n, c in edits.items()],
+                "edits": [{"name": colour, "prompt": wanted.caption}],
             }
         ],
     }
