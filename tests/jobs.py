@@ -41,7 +41,12 @@ def clip(path, frames, *, size=SIZE, sound=True):
         rate=Fraction(10),
         size=size,
         sound=["aac"] if sound and frames > 4 else [],
+        setup=_one_thread,
     )
+
+
+def _one_thread(stream):
+    stream.codec_context.thread_count = 1  # more give other bits now and then, on a busy machine
 
 
 def write_manifest(folder, model, *, clips=None, name="manifest.yaml", runtime=None, **settings):

@@ -53,7 +53,7 @@ class ModelFiles:
         """Digest of the given components' names and contents; where they lie doesn't matter."""
         try:
             parts = {
-                f"{component}/{file.name}": memory.digest(file)
+                f"{component}/{'weights' if file == self.path else file.name}": memory.digest(file)
                 for component in components
                 for file in self.files(component)
             }

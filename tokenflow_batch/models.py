@@ -154,9 +154,10 @@ class Model:
         Raises:
             ModelError: the noise schedule can't do that.
         """
-        scheduler, timesteps = self._scheduler, self.timesteps(steps)
+        scheduler = self._scheduler
         trained: int = scheduler.config.num_train_timesteps
-        if steps > trained or max(timesteps) >= trained:
+        # With an offset of 1, as Stable Diffusion's, one step a timestep would end past the last.
+        if steps > trained or max(timesteps := self.timesteps(steps)) >= trained:
             raise ModelError(f"{steps} steps are too many for this model's {trained} timesteps")
         alphas = [float(scheduler.alphas_cumprod[t]) for t in timesteps]
         if min(alphas) <= 0:

@@ -1,0 +1,166 @@
+"""The command line: what it says, how it ends, and what it does not import."""
+
+import importlib.metadata
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from jobs import clip, command, published, run_one, write_manifest
+
+from tokenflow_batch.config import STAGES
+
+COMMAND = Path(sys.executable).with_name("tokenflow-batch")
+HEAVY = ("torch", "diffusers", "transformers", "zarr", "av", "cv2", "faiss")
+
+IMPORTS = """
+import sys
+from tokenflow_batch.cli import app
+try:
+    app(sys.argv[2:])
+except SystemExit as end:
+    code = end.code
+loaded = [name for name in sys.argv[1].split(",") if name in sys.modules]
+print("LOADED", code, loaded)
+"""
+
+
+def imported(*arguments):
+    """(exit code, heavy modules) after a command in a process of its own, and what it said."""
+    answer = subprocess.run(
+        [sys.executable, "-c", IMPORTS, ",".join(HEAVY), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    said, _, found = answer.stdout.rpartition("LOADED ")
+    return found.strip(), said
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory, tiny_model):
+    folder = tmp_path_factory.mktemp("cli")
+    clip(folder / "clip.mp4", 2)
+    return write_manifest(folder, tiny_model, steps=1)
+
+
+@pytest.mark.parametrize("name", ["", "run", *STAGES, "status", "demo"])
+def test_help_loads_nothing_heavy(name):
+    found, said = imported(*([name] if name else []), "--help")
+    assert found == "0 []"
+    assert f"Usage: {'' if name else ''}" in said
+    assert (name or "run") in said
+
+
+def test_status_loads_nothing_heavy(manifest):
+    found, said = imported("status", manifest, "--json")
+    assert found == "0 []"
+    (job,) = json.loads(said)["jobs"]
+    assert (job["clip"], job["edit"], job["published"]) == ("clip", "blue", False)
+    assert list(job["stages"]) == list(STAGES)
+    found, said = imported("status", manifest)
+    assert found == "0 []"
+    assert "clip/blue" in said
+
+
+def test_a_wrong_manifest_is_told_before_anything_heavy_is_loaded(tmp_path):
+    (tmp_path / "m.yaml").write_text("version: 1\n")
+    found, _ = imported("run", tmp_path / "m.yaml")
+    assert found == "2 []"
+
+
+def test_the_installed_command_says_its_version():
+    answer = subprocess.run([COMMAND, "--version"], capture_output=True, text=True, check=False)
+    assert (answer.returncode, answer.stderr) == (0, "")
+    assert answer.stdout.strip() == importlib.metadata.version("tokenflow-batch")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "Usage"),
+        (["fly"], "No such command"),
+        (["run"], "Missing argument"),
+        (["run", "MANIFEST", "--until", "lunch"], "no stage"),
+        (["run", "MANIFEST", "--force", "lunch"], "no stage"),
+        (["run", "MANIFEST", "--threads", "0"], "0"),
+        (["run", "no.yaml"], "no such manifest"),
+        (["status", "no.yaml"], "no such manifest"),
+        (["demo", "--frames", "0"], "0"),
+    ],
+)
+def test_wrong_usage_ends_with_two_and_no_traceback(manifest, arguments, says):
+    answer = command(*(manifest if a == "MANIFEST" else a for a in arguments))
+    assert answer.exit_code == 2
+    assert says in answer.output
+    assert "Traceback" not in answer.output
+
+
+def test_a_missing_model_ends_with_three(tmp_path):
+    clip(tmp_path / "clip.mp4", 1)
+    manifest = write_manifest(tmp_path, "missing.safetensors")
+    for name in ("run", "status", "encode"):
+        answer = command(name, manifest)
+        assert answer.exit_code == 3
+        assert "no such folder or file" in answer.output
+    assert published(tmp_path) == []
+
+
+def test_run_tells_what_it_did_and_status_what_there_is(manifest):
+    first = command("run", manifest, "--until", "invert", "--json")
+    assert first.exit_code == 0
+    (job,) = json.loads(first.stdout)["jobs"]
+    assert (job["ran"], job["skipped"], job["outputs"]) == (["encode", "invert"], [], [])
+    (row,) = json.loads(command("status", manifest, "--json").stdout)["jobs"]
+    states = [stage["state"] for stage in row["stages"].values()]
+    assert states == ["done", "done", "waiting", "waiting", "waiting", "waiting"]
+    second = command("run", manifest)
+    assert second.exit_code == 0
+    assert "clip/blue: ran match, edit, render, report" in second.stdout
+    assert str(manifest.parent / "out" / "clip" / "blue.mp4") in second.stdout
+    third = command("run", manifest)
+    assert "clip/blue: nothing to do" in third.stdout
+    (row,) = json.loads(command("status", manifest, "--json").stdout)["jobs"]
+    assert row["published"]
+    assert {stage["state"] for stage in row["stages"].values()} == {"done"}
+    assert all(stage["units"] >= 1 for stage in row["stages"].values())
+
+
+def test_output_and_work_folder_can_be_given(manifest, tmp_path):
+    answer = command("run", manifest, "-o", tmp_path / "o", "--workdir", tmp_path / "w", "--json")
+    assert answer.exit_code == 0
+    (job,) = json.loads(answer.stdout)["jobs"]
+    assert job["outputs"][0] == str(tmp_path / "o" / "clip" / "blue.mp4")
+    assert all(Path(path).is_file() for path in job["outputs"])
+    assert sorted(p.name for p in (tmp_path / "w").iterdir() if p.is_dir()) == sorted(STAGES)
+    assert not (tmp_path / "o" / ".work").exists()
+
+
+def test_force_begins_a_stage_anew(manifest):
+    run_one(manifest)
+    answer = command("run", manifest, "--force", "match", "--force", "render", "--json")
+    (job,) = json.loads(answer.stdout)["jobs"]
+    assert job["ran"] == ["match", "render"]
+    answer = command("edit", manifest, "--force", "--json")
+    assert json.loads(answer.stdout)["jobs"][0]["ran"] == ["edit"]
+
+
+def test_work_under_other_threads_is_not_mixed(manifest, caplog):
+    run_one(manifest, ("encode", "invert", "match"))
+    write_manifest(manifest.parent, "unused", name="unused.yaml")
+    text = manifest.read_text().replace("source_prompt: a red ball", "source_prompt: a star")
+    other = manifest.with_name("other.yaml")
+    other.write_text(text.replace("chunk_frames: 4", "chunk_frames: 1"))
+    run_one(other, ("encode", "invert"))
+    commits = next(
+        (manifest.parent / "out" / ".work" / "invert").glob("*/commits/*-00000-00001.json")
+    )
+    commits.unlink()
+    commits.with_name("complete.json").unlink()
+    answer = command("run", other, "--threads", "2")
+    assert answer.exit_code == 6
+    said = answer.output + caplog.text
+    assert "threads was 1 and is 2" in said
+    assert "--force invert" in said
+    assert command("run", other, "--threads", "2", "--force", "invert").exit_code == 0
