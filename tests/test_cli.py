@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -33,6 +34,7 @@ def imported(*arguments):
         capture_output=True,
         text=True,
         check=True,
+        env={**os.environ, "COLUMNS": "200"},
     )
     said, _, found = answer.stdout.rpartition("LOADED ")
     return found.strip(), said
@@ -49,8 +51,8 @@ def manifest(tmp_path_factory, tiny_model):
 def test_help_loads_nothing_heavy(name):
     found, said = imported(*([name] if name else []), "--help")
     assert found == "0 []"
-    assert f"Usage: {'' if name else ''}" in said
-    assert (name or "run") in said
+    assert "Usage:" in said
+    assert (name or "encode") in said
 
 
 def test_status_loads_nothing_heavy(manifest):
@@ -84,10 +86,10 @@ def test_the_installed_command_says_its_version():
         (["run"], "Missing argument"),
         (["run", "MANIFEST", "--until", "lunch"], "no stage"),
         (["run", "MANIFEST", "--force", "lunch"], "no stage"),
-        (["run", "MANIFEST", "--threads", "0"], "0"),
+        (["run", "MANIFEST", "--threads", "0"], "--threads"),
         (["run", "no.yaml"], "no such manifest"),
         (["status", "no.yaml"], "no such manifest"),
-        (["demo", "--frames", "0"], "0"),
+        (["demo", "--frames", "0"], "--frames"),
     ],
 )
 def test_wrong_usage_ends_with_two_and_no_traceback(manifest, arguments, says):
@@ -137,18 +139,16 @@ def test_output_and_work_folder_can_be_given(manifest, tmp_path):
     assert not (tmp_path / "o" / ".work").exists()
 
 
-def test_force_begins_a_stage_anew(manifest):
+def test_force_begins_a_stage_and_what_came_of_it_anew(manifest):
     run_one(manifest)
-    answer = command("run", manifest, "--force", "match", "--force", "render", "--json")
-    (job,) = json.loads(answer.stdout)["jobs"]
-    assert job["ran"] == ["match", "render"]
+    answer = command("run", manifest, "--force", "render", "--force", "match", "--json")
+    assert json.loads(answer.stdout)["jobs"][0]["ran"] == ["match", "edit", "render", "report"]
     answer = command("edit", manifest, "--force", "--json")
     assert json.loads(answer.stdout)["jobs"][0]["ran"] == ["edit"]
 
 
 def test_work_under_other_threads_is_not_mixed(manifest, caplog):
     run_one(manifest, ("encode", "invert", "match"))
-    write_manifest(manifest.parent, "unused", name="unused.yaml")
     text = manifest.read_text().replace("source_prompt: a red ball", "source_prompt: a star")
     other = manifest.with_name("other.yaml")
     other.write_text(text.replace("chunk_frames: 4", "chunk_frames: 1"))

@@ -82,7 +82,8 @@ def test_killed_and_started_again_it_ends_with_the_same_bits(whole, tmp_path, ti
     draw = random.Random(seed)  # noqa: S311
     clips, done, killed_at_work = 0, 0, 0
     manifest = None
-    while done < kills:
+    # On a machine that gets slower meanwhile, kills may all fall into the start-up: then some more.
+    while done < kills or (not killed_at_work and done < 5 * kills):
         if manifest is None:
             folder = tmp_path / str(clips)
             clips += 1

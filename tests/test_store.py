@@ -348,7 +348,7 @@ def test_work_begun_under_other_numerics_is_not_gone_on_with(stage):
     filled(stage)
     again(stage).open({}, {**NUMERICS, "threads": 3})
     for other in ({**NUMERICS, "threads": 4}, {"device": "cpu"}, {**NUMERICS, "torch": "9"}):
-        with pytest.raises(NumericsMismatch, match="half done under other numerics") as caught:
+        with pytest.raises(NumericsMismatch, match="begun under other numerics") as caught:
             again(stage).open({}, other)
         assert "--force invert" in str(caught.value)
     with pytest.raises(NumericsMismatch, match="threads was 3 and is 4"):
