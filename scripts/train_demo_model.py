@@ -67,14 +67,13 @@ def latents(
     threads: Threads = 1,
     size: Annotated[int, typer.Option(help="Image side in pixels.")] = 64,
     count: Annotated[int, typer.Option(help="Scenes to encode.")] = 24_000,
-    full: Annotated[bool, typer.Option(help="The full domain instead of the shipped one.")] = False,
     name: Annotated[str, typer.Option(help="Folder within the work folder.")] = "latents",
 ) -> None:
     """Render and encode the UNet's training set (2 minutes on 2 CPU cores at the defaults)."""
     _prepare(work, threads)
     from demo_training.data import LatentCache, encode_scenes
 
-    encode_scenes(work / "vae", LatentCache(work / name, seed, count, size, full))
+    encode_scenes(work / "vae", LatentCache(work / name, seed, count, size))
 
 
 @app.command()

@@ -14,6 +14,7 @@ from tokenflow_batch.demo.scenes import (
     FULL,
     OBJECT,
     POST,
+    SECOND,
     SHIPPED,
     Clip,
     Domain,
@@ -22,6 +23,13 @@ from tokenflow_batch.demo.scenes import (
     recoloured,
     render,
     sample,
+)
+from tokenflow_batch.demo.stills import (
+    APART,
+    MARGIN,
+    PAIR_RADIUS_RANGE,
+    TRAINED,
+    render_layers,
 )
 
 STRIPED = Domain(
@@ -77,7 +85,7 @@ def warp_errors(clip, index, offset=(0, 0)):
     warped = bilinear(clip.frame(index + 1).astype(np.float64), flow)
     error = np.abs(warped - clip.frame(index)).max(-1)
     usable = ~clip.occluded(index) & away_from_outlines(clip, index)
-    on_object = clip.layers(index) == OBJECT
+    on_object = np.isin(clip.layers(index), (OBJECT, SECOND))
     return error[usable & ~on_object], error[usable & on_object]
 
 
@@ -87,6 +95,7 @@ MOTIONS = {
     "pan": {"pan": (-3, 2)},
     "turn and zoom": {"turn": 0.35, "zoom": 0.3},
     "post": {"post": True},
+    "two": {"two": True, "turn": 0.3, "zoom": 0.1},
     "everything": {"turn": 0.3, "zoom": 0.2, "post": True, "pan": (2, -1)},
 }
 
@@ -230,7 +239,7 @@ def test_speed_is_what_was_asked_for():
     steps = []
     for seed in range(60):
         clip = Clip.random(seed, 2000, speed=2)
-        path = np.array([(clip.x.at(i), clip.y.at(i)) for i in range(2000)]) * clip.size
+        path = np.array([(clip.first.x.at(i), clip.first.y.at(i)) for i in range(2000)]) * clip.size
         steps.append((np.diff(path, axis=0) ** 2).sum(1).mean())
     assert math.sqrt(np.mean(steps)) == pytest.approx(2, rel=0.05)
 
@@ -239,8 +248,11 @@ def test_options_do_not_shift_other_draws():
     plain = Clip.random(5, 9)
     for options in ({"post": True}, {"pan": (0, 0)}, {"speed": 0.0}, {"size": 64}):
         other = Clip.random(5, 9, **options)
-        assert (other.scene, other.angle) == (plain.scene, plain.angle)
-        assert (other.x.phase, other.y.phase) == (plain.x.phase, plain.y.phase)
+        assert (other.scene, other.first.angle) == (plain.scene, plain.first.angle)
+        assert (other.first.x.phase, other.first.y.phase) == (
+            plain.first.x.phase,
+            plain.first.y.phase,
+        )
 
 
 @pytest.mark.parametrize(
@@ -323,3 +335,42 @@ def test_sampling_respects_the_domain_and_its_odds():
     assert {params.color for params in drawn} == set(SHIPPED.colors)
     solid = sum(params.texture == "solid" for params in drawn)
     assert solid == pytest.approx(400 * 2 / 3, abs=40)  # odds 0.4 to 0.2
+
+
+@given(seed=seeds, index=st.integers(0, 500))
+@property_test
+def test_two_objects_stay_apart_inside_the_image_and_in_the_domain(seed, index):
+    clip = Clip.random(seed, 600, domain=TRAINED, two=True, zoom=0.15, turn=0.3, dim=0.13)
+    params = clip.params(index)
+    first, second = params.objects
+    gap = math.hypot(first.center_x - second.center_x, first.center_y - second.center_y)
+    assert gap >= APART * (first.radius + second.radius) - 1e-9
+    for thing in params.objects:
+        assert PAIR_RADIUS_RANGE[0] - 1e-9 <= thing.radius <= PAIR_RADIUS_RANGE[1]
+        for place in (thing.center_x, thing.center_y):
+            assert MARGIN * thing.radius - 1e-9 <= place <= 1 - MARGIN * thing.radius + 1e-9
+    assert params in TRAINED
+    assert {OBJECT, SECOND} <= set(np.unique(clip.layers(index)))
+
+
+def test_dimming_changes_light_and_nothing_else():
+    plain, dim = Clip.random(3, 40), Clip.random(3, 40, dim=0.1)
+    assert plain.params(5).light == 1
+    lights = [dim.params(i).light for i in range(40)]
+    assert max(lights) - min(lights) > 0.02
+    np.testing.assert_array_equal(plain.mask(5), dim.mask(5))
+    ratio = dim.frame(5).astype(float).mean() / plain.frame(5).mean()
+    assert ratio == pytest.approx(dim.params(5).light, abs=0.02)
+
+
+def test_the_full_domain_draws_pairs_in_its_share():
+    rng = np.random.default_rng(0)
+    drawn = [sample(rng, TRAINED) for _ in range(400)]
+    share = np.mean([len(params.objects) == 2 for params in drawn])
+    assert share == pytest.approx(TRAINED.pairs, abs=0.07)
+    assert all(params in TRAINED for params in drawn)
+    for params in drawn:
+        if params.second is not None:
+            assert " and " in describe(params)
+            assert " and " in caption(params, rng)
+            assert not (render_layers(params, 64)[1] * render_layers(params, 64)[2]).any()

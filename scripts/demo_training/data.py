@@ -19,7 +19,8 @@ from accelerate import PartialState
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from tokenflow_batch.demo.scenes import FULL, SHIPPED, Domain, SceneParams, render, sample
+from tokenflow_batch.demo.scenes import Domain, SceneParams, render, sample
+from tokenflow_batch.demo.stills import TRAINED
 
 _LATENTS: Final = "latents.npy"
 _DESCRIPTION: Final = "cache.json"
@@ -71,14 +72,12 @@ class LatentCache:
         seed: of the scenes.
         count: scenes in all.
         size: side of their images in pixels.
-        full: whether the scenes cover the full domain rather than the shipped weights'.
     """
 
     folder: Path
     seed: int
     count: int
     size: int
-    full: bool
 
     @classmethod
     def open(cls, folder: Path) -> LatentCache:
@@ -96,7 +95,7 @@ class LatentCache:
 
     def scene(self, index: int) -> SceneParams:
         """What the `index`-th latents show."""
-        return scene(self.seed, Stream.SCENES, index, FULL if self.full else SHIPPED)
+        return scene(self.seed, Stream.SCENES, index, TRAINED)
 
     def create(self, downscale: int) -> None:
         """Make the file of latents, all zeros; `downscale` is pixels per latent pixel."""

@@ -11,7 +11,7 @@ from typing import Final
 from transformers import CLIPTokenizer
 
 from demo_training.export import make_readable
-from tokenflow_batch.demo.stills import GROUND_WORDS, SHAPE_WORDS, TEXTURE_WORDS
+from tokenflow_batch.demo.captions import GROUND_WORDS, SHAPE_WORDS, TEXTURE_WORDS
 from tokenflow_batch.demo.textures import COLORS
 
 MAX_TOKENS: Final = 24

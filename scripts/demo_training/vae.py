@@ -18,7 +18,8 @@ from demo_training import linear_codec
 from demo_training.data import Stream, generator, images, scene
 from demo_training.export import make_readable
 from demo_training.loop import LoopConfig, Run
-from tokenflow_batch.demo.scenes import FULL, SHIPPED, Domain, sample
+from tokenflow_batch.demo.scenes import Domain, sample
+from tokenflow_batch.demo.stills import TRAINED
 
 SCALING_FACTOR: Final = 0.18215
 """Stable Diffusion's, so that code with the number written into it works."""
@@ -117,15 +118,15 @@ def train(folder: Path, *, seed: int, size: int, steps: int, batch: int) -> None
     state = PartialState(cpu=not torch.cuda.is_available())
     torch.manual_seed(seed)
     vae = build(size)
-    linear_codec.initialise(vae, held_out(seed + 1, 1000, size, FULL))
+    linear_codec.initialise(vae, held_out(seed + 1, 1000, size, TRAINED))
     vae.to(state.device)
-    validation = held_out(seed, 64, size, FULL)
+    validation = held_out(seed, 64, size, TRAINED)
     if state.is_main_process:
         print(f"linear codec: {reconstruction_psnr(vae, validation):.2f} dB", flush=True)
 
     def losses(step: int) -> dict[str, Tensor]:
         rng = generator(seed, Stream.VAE, step, state.process_index)
-        pixels = images((sample(rng, FULL) for _ in range(batch)), size).to(state.device)
+        pixels = images((sample(rng, TRAINED) for _ in range(batch)), size).to(state.device)
         if rng.random() < 0.5:
             pixels = pixels.flip(3)
         posterior = vae.encode(pixels).latent_dist
@@ -141,7 +142,7 @@ def train(folder: Path, *, seed: int, size: int, steps: int, batch: int) -> None
     run.fit(losses, evaluate=lambda: {"psnr": reconstruction_psnr(vae, validation)})
     run.use_average()
     if state.is_main_process:
-        fold_whitening(vae, held_out(seed + 2, 256, size, SHIPPED))
+        fold_whitening(vae, held_out(seed + 2, 256, size, TRAINED))
         print(f"moving average: {reconstruction_psnr(vae, validation):.2f} dB", flush=True)
         vae.save_pretrained(folder / "vae")
         make_readable(folder / "vae")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TypedDict
 
 import numpy as np
 
@@ -27,6 +28,41 @@ class Wave:
     def at(self, index: int) -> float:
         """Value at a frame."""
         return self.centre + self.amplitude * math.sin(math.tau * index / self.period + self.phase)
+
+
+class Place(TypedDict):
+    """An object's place in one frame, named like the fields of a scene."""
+
+    center_x: float
+    center_y: float
+    radius: float
+    angle: float
+
+
+@dataclass(frozen=True, slots=True)
+class Track:
+    """How an object moves.
+
+    Attributes:
+        x: centre from the left border, as a fraction of the image side.
+        y: the same, from the top.
+        radius: as a fraction of the image side.
+        angle: in radians.
+    """
+
+    x: Wave
+    y: Wave
+    radius: Wave
+    angle: Wave
+
+    def at(self, index: int) -> Place:
+        """Values at a frame."""
+        return {
+            "center_x": self.x.at(index),
+            "center_y": self.y.at(index),
+            "radius": self.radius.at(index),
+            "angle": self.angle.at(index),
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,20 +95,24 @@ def swing(rng: np.random.Generator, centre: float, amplitude: float) -> Wave:
     return Wave(centre, amplitude, rng.uniform(80, 160), rng.uniform(0, math.tau))
 
 
-def sweep(rng: np.random.Generator, room: float, velocity: float) -> Wave:
-    """Draw one coordinate of a path through the image.
+def sweep(
+    rng: np.random.Generator, room: float, velocity: float, middle: float = 0.5, span: float = 0.5
+) -> Wave:
+    """Draw one coordinate of a path through the image or a part of it.
 
     Args:
         rng: source of the draws.
-        room: distance to keep from either border, as a fraction of the image side, below one half.
+        room: distance to keep from either border, as a fraction of the image side, below `span`.
         velocity: largest one, in image sides per frame; 0 draws a place to stay at.
+        middle: of the part, as a fraction of the image side.
+        span: from the middle to either border.
 
     Returns:
-        The coordinate as a fraction of the image side, within [room, 1 - room].
+        The coordinate as a fraction of the image side, within span - room of the middle.
     """
-    half = 0.5 - room
+    half = span - room
     amplitude = rng.uniform(0.6, 1) * half
-    centre = 0.5 + rng.uniform(-1, 1) * (half - amplitude)
+    centre = middle + rng.uniform(-1, 1) * (half - amplitude)
     phase = rng.uniform(0, math.tau)
     period = math.tau * amplitude / velocity if velocity else math.inf
     return Wave(centre, amplitude, period, phase)

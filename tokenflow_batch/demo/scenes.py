@@ -1,12 +1,13 @@
 """Synthetic videos of the demo model's domain, of any length, with exact ground truth.
 
 A `Clip` is a function of the frame index: nothing of the clip's length is ever held, and a frame
-does not depend on how long the clip is. An object moves over a ground that pans by whole pixels per
-frame; a post may pass in front. So every pixel belongs to one of three layers whose motion is known
-in closed form, and flow, masks and occlusions are exact rather than estimated. Pixels along the
-object's outline mix two layers; they count to the layer with the larger share. Colours are constant
-along the flow with two exceptions: the ground's, where `flicker` is on, and the shading of a
-turning object, as the light always comes from the top left of the image.
+does not depend on how long the clip is. One or two objects move over a ground that pans by whole
+pixels per frame; a post may pass in front. So every pixel belongs to one of four layers whose
+motion is known in closed form, and flow, masks and occlusions are exact rather than estimated.
+Pixels along an object's outline mix two layers; they count to the layer with the larger share.
+Colours are constant along the flow with three exceptions: the ground's, where `flicker` is on, all,
+where `dim` is, and the shading of a turning object, as the light always comes from the top left of
+the image.
 
     clip = Clip.random(seed=3, frames=48)
     edit = recoloured(clip, color="red")
@@ -27,20 +28,25 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from tokenflow_batch.demo.motion import Post, Wave, clamp, draw_post, sweep, swing
+from tokenflow_batch.demo.captions import caption, describe
+from tokenflow_batch.demo.motion import Post, Track, Wave, clamp, draw_post, sweep, swing
 from tokenflow_batch.demo.stills import (
+    APART,
     FULL,
     GAIN_RANGE,
+    LIGHT_RANGE,
     MARGIN,
     MAX_ANGLE,
+    PAIR_RADIUS_RANGE,
     RADIUS_RANGE,
     SHIPPED,
     Domain,
     SceneParams,
-    caption,
-    describe,
+    Thing,
     render,
+    render_layers,
     sample,
+    with_second,
 )
 from tokenflow_batch.demo.textures import TILE_SIZE
 
@@ -49,11 +55,14 @@ __all__ = [
     "GROUND",
     "OBJECT",
     "POST",
+    "SECOND",
     "SHIPPED",
     "Clip",
     "Domain",
     "Post",
     "SceneParams",
+    "Thing",
+    "Track",
     "Wave",
     "caption",
     "describe",
@@ -65,22 +74,24 @@ __all__ = [
 _REFERENCE_SIZE: Final = 128
 _POST_RGB: Final = (70, 66, 62)
 
-GROUND, OBJECT, POST = 0, 1, 2
+_PAIR_RADIUS: Final = 0.19
+"""Largest radius of two objects that move in their halves of the image."""
+
+GROUND, OBJECT, SECOND, POST = 0, 1, 2, 3
 """Layers, from the back to the front."""
 
 
 @dataclass(frozen=True, slots=True)
 class Clip:
-    """A video of one moving object, known exactly.
+    """A video of one or two moving objects, known exactly.
 
     Attributes:
         scene: what there is to see, and the ground's offset at frame 0; the fields below replace
-            the object's position, radius and angle, and the gain.
-        x: object centre from the left border, as a fraction of the image side.
-        y: the same, from the top.
-        radius: of the object, as a fraction of the image side.
-        angle: of the object in radians.
+            the objects' position, radius and angle, the gain and the light.
+        first: how the object moves.
+        second: how the second object moves, if there is one.
         gain: brightness factor of the ground.
+        light: brightness factor of everything but the post.
         pan: whole pixels per frame by which the ground moves (right, down).
         post: what passes in front, if anything.
         size: image side in pixels.
@@ -88,11 +99,10 @@ class Clip:
     """
 
     scene: SceneParams
-    x: Wave
-    y: Wave
-    radius: Wave
-    angle: Wave
+    first: Track
+    second: Track | None
     gain: Wave
+    light: Wave
     pan: tuple[int, int]
     post: Post | None
     size: int
@@ -110,6 +120,8 @@ class Clip:
         turn: float = 0.15,
         zoom: float = 0.0,
         flicker: float = 0.0,
+        dim: float = 0.0,
+        two: bool = False,
         pan: tuple[int, int] | None = None,
         post: bool = False,
     ) -> Clip:
@@ -126,6 +138,9 @@ class Clip:
             turn: largest rotation from the mean angle in radians, at most 0.35.
             zoom: largest relative change of the object's radius, at most 0.3.
             flicker: largest change of the ground's brightness factor, at most 0.08.
+            dim: largest change of the light on everything, at most 0.13; 0 leaves it at 1.
+            two: whether there is a second object; the two keep to their halves of the image, and
+                `zoom` is at most 0.15.
             pan: whole pixels per frame by which the ground moves (right, down); None draws each
                 from -1, 0, 1.
             post: whether a post passes in front.
@@ -140,8 +155,9 @@ class Clip:
         _require("size", size, 1, math.inf)
         _require("speed", speed, 0, math.inf)
         _require("turn", turn, 0, MAX_ANGLE)
-        _require("zoom", zoom, 0, 0.3)
+        _require("zoom", zoom, 0, 0.15 if two else 0.3)
         _require("flicker", flicker, 0, 0.08)
+        _require("dim", dim, 0, (LIGHT_RANGE[1] - LIGHT_RANGE[0]) / 2)
         rng = np.random.default_rng(seed)
         scene = sample(rng, domain)
 
@@ -161,13 +177,21 @@ class Clip:
         y = sweep(rng, room, velocity * abs(math.sin(heading)))
         drawn_pan = (int(rng.integers(-1, 2)), int(rng.integers(-1, 2)))
         drawn_post = draw_post(rng, size)
+        first, second = Track(x, y, radius, angle), None
+        if two:
+            scene = with_second(rng, scene, domain)
+            halves = ((0.25, scene.radius), (0.75, scene.second.radius if scene.second else 0.0))
+            first, second = (
+                _half_track(rng, middle, mean, zoom=zoom, turn=turn, velocity=velocity)
+                for middle, mean in halves
+            )
+        middle_light = sum(LIGHT_RANGE) / 2 if dim else scene.light
         return cls(
             scene=scene,
-            x=x,
-            y=y,
-            radius=radius,
-            angle=angle,
+            first=first,
+            second=second,
             gain=gain,
+            light=swing(np.random.default_rng([seed, 1]), middle_light, dim),
             pan=drawn_pan if pan is None else pan,
             post=drawn_post if post else None,
             size=size,
@@ -190,16 +214,18 @@ class Clip:
         """
         if not 0 <= index < self.length:
             raise IndexError(f"frame {index} of a clip of {self.length} frames")
+        second = None
+        if self.scene.second is not None and self.second is not None:
+            second = replace(self.scene.second, **self.second.at(index))
         return replace(
             self.scene,
             # Moving the ground to the right means reading the tile further to the left.
             offset_x=(self.scene.offset_x - self.pan[0] * index) % TILE_SIZE,
             offset_y=(self.scene.offset_y - self.pan[1] * index) % TILE_SIZE,
             gain=self.gain.at(index),
-            center_x=self.x.at(index),
-            center_y=self.y.at(index),
-            radius=self.radius.at(index),
-            angle=self.angle.at(index),
+            light=self.light.at(index),
+            second=second,
+            **self.first.at(index),
         )
 
     def frame(self, index: int) -> npt.NDArray[np.uint8]:
@@ -218,17 +244,24 @@ class Clip:
         return (self.frame(index) for index in range(self.length))
 
     def alpha(self, index: int) -> npt.NDArray[np.float32]:
-        """How much of each pixel the object takes up, (H, W) float32 in [0, 1]; 0 behind the post.
+        """How much of each pixel the first object takes up, (H, W) float32 in [0, 1].
+
+        0 behind the post.
 
         Raises:
             IndexError: the clip has no such frame.
         """
-        _, alpha_HW = render(self.params(index), self.size)
-        alpha_HW[:, self._post_columns(index)] = 0
-        return alpha_HW
+        return self._alphas(index)[0]
+
+    def _alphas(self, index: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        """Of the first and of the second object."""
+        _, first_HW, second_HW = render_layers(self.params(index), self.size)
+        for alpha_HW in (first_HW, second_HW):
+            alpha_HW[:, self._post_columns(index)] = 0
+        return first_HW, second_HW
 
     def mask(self, index: int) -> npt.NDArray[np.bool_]:
-        """Pixels that show the object, (H, W) bool: `alpha` above one half.
+        """Pixels that show the first object, (H, W) bool: `alpha` above one half.
 
         Raises:
             IndexError: the clip has no such frame.
@@ -236,12 +269,15 @@ class Clip:
         return self.alpha(index) > 0.5
 
     def layers(self, index: int) -> npt.NDArray[np.uint8]:
-        """The layer that each pixel shows: `GROUND`, `OBJECT` or `POST`, (H, W) uint8.
+        """The layer that each pixel shows: `GROUND`, `OBJECT`, `SECOND` or `POST`, (H, W) uint8.
 
         Raises:
             IndexError: the clip has no such frame.
         """
-        layers_HW = np.where(self.mask(index), np.uint8(OBJECT), np.uint8(GROUND))
+        first_HW, second_HW = self._alphas(index)
+        layers_HW = np.full(first_HW.shape, GROUND, np.uint8)
+        layers_HW[second_HW > 0.5] = SECOND
+        layers_HW[first_HW > 0.5] = OBJECT
         layers_HW[:, self._post_columns(index)] = POST
         return layers_HW
 
@@ -253,7 +289,7 @@ class Clip:
 
         Returns:
             (H, W, 2) float32 displacement (x, y) in pixels: whole pixels for ground and post, a
-            similarity transform (shift, turn, zoom) for the object.
+            similarity transform (shift, turn, zoom) for an object.
 
         Raises:
             IndexError: the clip has no such frame or none after it.
@@ -264,9 +300,22 @@ class Clip:
         if self.post is not None:
             flow_HW2[layers_HW == POST] = (self.post.speed, 0)
         now, then = self.params(index), self.params(index + 1)
+        self._add_flow(flow_HW2, layers_HW == OBJECT, now, then)
+        if now.second is not None and then.second is not None:
+            self._add_flow(flow_HW2, layers_HW == SECOND, now.second, then.second)
+        return flow_HW2
+
+    def _add_flow(
+        self,
+        flow_HW2: npt.NDArray[np.float32],
+        mask_HW: npt.NDArray[np.bool_],
+        now: SceneParams | Thing,
+        then: SceneParams | Thing,
+    ) -> None:
+        """Write an object's motion into the flow, in place."""
         growth, turn = then.radius / now.radius, then.angle - now.angle
         cos, sin = growth * math.cos(turn), growth * math.sin(turn)
-        rows, columns = np.nonzero(layers_HW == OBJECT)
+        rows, columns = np.nonzero(mask_HW)
         # The renderer counts from pixel corners; centres lie half a pixel further.
         x = columns + 0.5 - now.center_x * self.size
         y = rows + 0.5 - now.center_y * self.size
@@ -274,7 +323,6 @@ class Clip:
         shift_y = (then.center_y - now.center_y) * self.size
         flow_HW2[rows, columns, 0] = cos * x - sin * y - x + shift_x
         flow_HW2[rows, columns, 1] = sin * x + cos * y - y + shift_y
-        return flow_HW2
 
     def occluded(self, index: int) -> npt.NDArray[np.bool_]:
         """Pixels of a frame that the next frame does not show.
@@ -304,6 +352,28 @@ class Clip:
             return slice(0, 0)
         left = self.post.left(index, self.size)
         return slice(max(0, left), max(0, left + self.post.width))
+
+
+def _half_track(
+    rng: np.random.Generator,
+    middle: float,
+    mean: float,
+    *,
+    zoom: float,
+    turn: float,
+    velocity: float,
+) -> Track:
+    """Draw a path within the left (`middle` 0.25) or right half of the image (0.75)."""
+    mean = clamp(mean, PAIR_RADIUS_RANGE[0] / (1 - zoom), _PAIR_RADIUS / (1 + zoom))
+    largest = mean * (1 + zoom)
+    across = 0.25 - APART * largest
+    return Track(
+        # Slower across, where there is less room: at full speed it would be a tremor.
+        x=sweep(rng, APART * largest, velocity * across / 0.25, middle, 0.25),
+        y=sweep(rng, MARGIN * largest, velocity),
+        radius=swing(rng, mean, zoom * mean),
+        angle=swing(rng, 0.0, turn),
+    )
 
 
 def _require(name: str, value: float, low: float, high: float) -> None:

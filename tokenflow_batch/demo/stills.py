@@ -1,4 +1,4 @@
-"""Captioned stills of one shape on a textured ground: the demo model's training distribution.
+"""Captioned stills of one or two shapes on a textured ground: what the demo model learns from.
 
 `Domain` says which attributes occur; `SHIPPED` is what the shipped weights know. Draws follow one
 fixed order, so a seed gives the same images in every version of this package.
@@ -9,46 +9,47 @@ Array suffixes: H height, W width (pixels, always equal here), C = 3 colour chan
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
 from tokenflow_batch.demo import textures
-from tokenflow_batch.demo.textures import COLORS, GROUNDS, SHAPES, TEXTURES
+from tokenflow_batch.demo.textures import COLORS, GROUNDS, SHAPES, TEXTURES, FloatArray
 
-SHAPE_WORDS: Final[dict[str, tuple[str, ...]]] = {
-    "circle": ("ball", "circle"),
-    "square": ("square", "box"),
-    "triangle": ("triangle", "pyramid"),
-    "star": ("star",),
-    "heart": ("heart",),
-}
-TEXTURE_WORDS: Final[dict[str, tuple[str, ...]]] = {
-    "solid": ("", "", "", "solid", "plain"),
-    "striped": ("striped",),
-    "checkered": ("checkered", "checkerboard"),
-    "dotted": ("dotted", "spotted"),
-}
-GROUND_WORDS: Final[dict[str, tuple[str, ...]]] = {
-    "grass": ("grass", "lawn"),
-    "sand": ("sand", "beach"),
-    "water": ("water", "sea"),
-    "night": ("night sky", "starry sky"),
-    "brick": ("brick wall", "bricks"),
-    "snow": ("snow",),
-}
-"""Words for each attribute; the first is the plain one, repeats make a word likelier."""
-
-PREPOSITIONS: Final = ("on", "on", "on the", "in", "in front of", "over the", "on a")
 _TEXTURE_ODDS: Final = (0.4, 0.2, 0.2, 0.2)
 
 RADIUS_RANGE: Final = (0.17, 0.34)
+PAIR_RADIUS_RANGE: Final = (0.13, 0.24)
+"""Of each object where there are two, as a fraction of the image side."""
+
+LIGHT_RANGE: Final = (0.82, 1.08)
 GAIN_RANGE: Final = (0.9, 1.06)
 MAX_ANGLE: Final = 0.35
 MARGIN: Final = 0.9
 """An object's centre stays at least this many radii away from the border of the image."""
+
+APART: Final = 1.25
+"""Two objects' centres are at least this many times the sum of their radii apart: no overlap."""
+
+
+@dataclass(frozen=True, slots=True)
+class Thing:
+    """An object: what it looks like and where it is; the fields mean what they do in a scene."""
+
+    shape: str
+    color: str
+    texture: str
+    center_x: float
+    center_y: float
+    radius: float
+    angle: float
+
+    def __post_init__(self) -> None:
+        _require_known(self.shape, SHAPES)
+        _require_known(self.color, tuple(COLORS))
+        _require_known(self.texture, TEXTURES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +69,8 @@ class SceneParams:
         center_y: the same, from the top.
         radius: as a fraction of the image side.
         angle: rotation of the object in radians, clockwise as seen.
+        light: brightness factor of everything.
+        second: another object, which overlaps with nothing.
     """
 
     shape: str
@@ -82,26 +85,45 @@ class SceneParams:
     center_y: float
     radius: float
     angle: float
+    light: float = 1.0
+    second: Thing | None = None
 
     def __post_init__(self) -> None:
-        for value, allowed in (
-            (self.shape, SHAPES),
-            (self.color, tuple(COLORS)),
-            (self.texture, TEXTURES),
-            (self.ground, GROUNDS),
-        ):
-            if value not in allowed:
-                raise ValueError(f"{value!r} is none of {', '.join(allowed)}")
+        _require_known(self.shape, SHAPES)
+        _require_known(self.color, tuple(COLORS))
+        _require_known(self.texture, TEXTURES)
+        _require_known(self.ground, GROUNDS)
+
+    @property
+    def objects(self) -> list[Thing | SceneParams]:
+        """The one or two objects, the first one first."""
+        return [self] if self.second is None else [self, self.second]
+
+
+def _require_known(value: str, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{value!r} is none of {', '.join(allowed)}")
 
 
 @dataclass(frozen=True, slots=True)
 class Domain:
-    """The attributes that scenes may have. `params in domain` tells whether a scene fits."""
+    """The attributes that scenes may have. `params in domain` tells whether a scene fits.
+
+    Attributes:
+        shapes: of the objects.
+        colors: of the objects.
+        textures: of the objects.
+        grounds: of the scenes.
+        pairs: share of scenes with two objects.
+        light: range of the brightness factor.
+    """
 
     shapes: Sequence[str] = SHAPES
     colors: Sequence[str] = tuple(COLORS)
     textures: Sequence[str] = TEXTURES
     grounds: Sequence[str] = GROUNDS
+    pairs: float = 0.0
+    light: tuple[float, float] = (1.0, 1.0)
 
     def __post_init__(self) -> None:
         for chosen, known in (
@@ -115,10 +137,15 @@ class Domain:
 
     def __contains__(self, params: SceneParams) -> bool:
         return (
-            params.shape in self.shapes
-            and params.color in self.colors
-            and params.texture in self.textures
+            all(
+                thing.shape in self.shapes
+                and thing.color in self.colors
+                and thing.texture in self.textures
+                for thing in params.objects
+            )
             and params.ground in self.grounds
+            and (params.second is None or self.pairs > 0)
+            and self.light[0] <= params.light <= self.light[1]
         )
 
 
@@ -130,6 +157,9 @@ SHIPPED: Final = Domain(
     grounds=("grass", "sand", "water", "night"),
 )
 """What the shipped weights were trained on."""
+
+TRAINED: Final = Domain(pairs=0.3, light=LIGHT_RANGE)
+"""What `scripts/train_demo_model.py` trains on: everything."""
 
 
 def _sample_any(rng: np.random.Generator) -> SceneParams:
@@ -151,6 +181,48 @@ def _sample_any(rng: np.random.Generator) -> SceneParams:
     )
 
 
+def _thing(params: SceneParams) -> Thing:
+    """The first object of a scene."""
+    fields = (params.shape, params.color, params.texture)
+    return Thing(*fields, params.center_x, params.center_y, params.radius, params.angle)
+
+
+def with_second(rng: np.random.Generator, params: SceneParams, domain: Domain) -> SceneParams:
+    """Add a second object to a scene, and place both anew so that they don't overlap.
+
+    Args:
+        rng: source of the draws.
+        params: the scene; its first object keeps its looks.
+        domain: which looks the second may have.
+
+    Returns:
+        The scene with two objects whose looks differ.
+    """
+    first = _thing(params)
+    while True:
+        other = _thing(_sample_any(rng))
+        looks = (other.shape, other.color, other.texture)
+        known = (
+            other.shape in domain.shapes
+            and other.color in domain.colors
+            and other.texture in domain.textures
+        )
+        if known and looks != (first.shape, first.color, first.texture):
+            break
+    while True:
+        radii = rng.uniform(*PAIR_RADIUS_RANGE, 2)
+        x, y = (rng.uniform(radii * MARGIN, 1 - radii * MARGIN) for _ in range(2))
+        if np.hypot(x[1] - x[0], y[1] - y[0]) >= APART * radii.sum():
+            break
+    return replace(
+        params,
+        center_x=float(x[0]),
+        center_y=float(y[0]),
+        radius=float(radii[0]),
+        second=replace(other, center_x=float(x[1]), center_y=float(y[1]), radius=float(radii[1])),
+    )
+
+
 def sample(rng: np.random.Generator, domain: Domain = SHIPPED) -> SceneParams:
     """Draw a scene from the training distribution restricted to a domain.
 
@@ -162,10 +234,65 @@ def sample(rng: np.random.Generator, domain: Domain = SHIPPED) -> SceneParams:
     Returns:
         The scene's parameters.
     """
-    while True:
+    params = _sample_any(rng)
+    # Pairs and light are drawn afterwards, and only where they occur.
+    while params not in replace(domain, light=(1.0, 1.0)):
         params = _sample_any(rng)
-        if params in domain:
-            return params
+    if domain.pairs and rng.random() < domain.pairs:
+        params = with_second(rng, params, domain)
+    if domain.light[0] < domain.light[1]:
+        params = replace(params, light=rng.uniform(*domain.light))
+    return params
+
+
+def _paint(image_HWC: FloatArray, thing: Thing | SceneParams) -> npt.NDArray[np.float32]:
+    """Draw an object into an image, in place; returns its opacity (H, W) in [0, 1]."""
+    size = len(image_HWC)
+    alpha_HW = np.zeros((size, size), np.float32)
+    center_x, center_y = thing.center_x * size, thing.center_y * size
+    radius = thing.radius * size
+    reach = 1.3 * radius  # beyond the tips of the star
+    top, bottom = max(0, int(center_y - reach)), min(size, int(center_y + reach) + 2)
+    left, right = max(0, int(center_x - reach)), min(size, int(center_x + reach) + 2)
+    if bottom > top and right > left:
+        box = np.s_[top:bottom, left:right]
+        y, x = np.mgrid[box].astype(np.float32)
+        x, y = (x + 0.5 - center_x) / radius, (y + 0.5 - center_y) / radius
+        cos, sin = np.cos(thing.angle), np.sin(thing.angle)
+        own_x, own_y = cos * x + sin * y, -sin * x + cos * y
+        edge = 0.5 - textures.outline(thing.shape, own_x, own_y) * radius
+        alpha_HW[box] = np.clip(edge, 0, 1).astype(np.float32)
+        # The light stays at the top left of the image, whichever way the object turns.
+        shade = np.clip(1.02 - 0.18 * (x + y) * 0.7, 0.7, 1.15)[..., None]
+        lit = textures.surface(thing.color, thing.texture, own_x, own_y) * shade
+        image_HWC[box] = textures.blend(image_HWC[box], np.clip(lit, 0, 1), alpha_HW[box])
+    return alpha_HW
+
+
+def render_layers(
+    params: SceneParams, size: int
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """Draw a still, like `render`, and tell the objects apart.
+
+    Args:
+        params: what to draw.
+        size: side of the image in pixels, at least 1.
+
+    Returns:
+        The image (H, W, C) and the opacities (H, W) of the first and of the second object; the
+        latter is 0 everywhere where there is none.
+    """
+    rows = (np.arange(size) + params.offset_y) % textures.TILE_SIZE
+    columns = (np.arange(size) + params.offset_x) % textures.TILE_SIZE
+    tile = textures.ground_tiles()[params.ground][params.tile]
+    image_HWC = tile[np.ix_(rows, columns)] * np.float32(params.gain)
+    second_HW = np.zeros((size, size), np.float32)
+    if params.second is not None:
+        second_HW = _paint(image_HWC, params.second)
+    first_HW = _paint(image_HWC, params)
+    if params.light != 1:
+        image_HWC *= np.float32(params.light)
+    return np.clip(image_HWC, 0, 1).astype(np.float32), first_HW, second_HW
 
 
 def render(
@@ -174,100 +301,12 @@ def render(
     """Draw a still.
 
     Args:
-        params: what to draw. The object scales with `size`, the ground does not.
+        params: what to draw. Objects scale with `size`, the ground does not.
         size: side of the image in pixels, at least 1.
 
     Returns:
-        The image (H, W, C), RGB in [0, 1], and the object's opacity (H, W) in [0, 1], which is
-        fractional along its outline only; both float32, H = W = `size`.
+        The image (H, W, C), RGB in [0, 1], and the first object's opacity (H, W) in [0, 1], which
+        is fractional along its outline only; both float32, H = W = `size`.
     """
-    rows = (np.arange(size) + params.offset_y) % textures.TILE_SIZE
-    columns = (np.arange(size) + params.offset_x) % textures.TILE_SIZE
-    tile = textures.ground_tiles()[params.ground][params.tile]
-    image_HWC = tile[np.ix_(rows, columns)] * np.float32(params.gain)
-    alpha_HW = np.zeros((size, size), np.float32)
-
-    center_x, center_y = params.center_x * size, params.center_y * size
-    radius = params.radius * size
-    reach = 1.3 * radius  # beyond the tips of the star
-    top, bottom = max(0, int(center_y - reach)), min(size, int(center_y + reach) + 2)
-    left, right = max(0, int(center_x - reach)), min(size, int(center_x + reach) + 2)
-    if bottom > top and right > left:
-        box = np.s_[top:bottom, left:right]
-        y, x = np.mgrid[box].astype(np.float32)
-        x, y = (x + 0.5 - center_x) / radius, (y + 0.5 - center_y) / radius
-        cos, sin = np.cos(params.angle), np.sin(params.angle)
-        own_x, own_y = cos * x + sin * y, -sin * x + cos * y
-        edge = 0.5 - textures.outline(params.shape, own_x, own_y) * radius
-        alpha_HW[box] = np.clip(edge, 0, 1).astype(np.float32)
-        # The light stays at the top left of the image, whichever way the object turns.
-        light = np.clip(1.02 - 0.18 * (x + y) * 0.7, 0.7, 1.15)[..., None]
-        lit = textures.surface(params.color, params.texture, own_x, own_y) * light
-        image_HWC[box] = textures.blend(image_HWC[box], np.clip(lit, 0, 1), alpha_HW[box])
-    return np.clip(image_HWC, 0, 1).astype(np.float32), alpha_HW
-
-
-def _pick(words: Sequence[str], rng: np.random.Generator) -> str:
-    return words[int(rng.integers(len(words)))]
-
-
-def caption(params: SceneParams, rng: np.random.Generator) -> str:
-    """Draw a caption from the training grammar.
-
-    Words vary by synonym, order, article, preposition and opening; 5 % leave the colour out, 3 %
-    say "shape" for the shape, 6 % leave the ground out.
-
-    Args:
-        params: the scene to describe.
-        rng: source of the draws.
-
-    Returns:
-        The caption, lower case, without a full stop.
-    """
-    shape = _pick(SHAPE_WORDS[params.shape], rng)
-    texture = _pick(TEXTURE_WORDS[params.texture], rng)
-    ground = _pick(GROUND_WORDS[params.ground], rng)
-    color = params.color
-    vague = rng.random()
-    if vague < 0.05:
-        color = ""
-    elif vague < 0.08:
-        shape = "shape"
-    adjectives = (color, texture) if rng.random() < 0.6 else (texture, color)
-    noun = " ".join([word for word in adjectives if word] + [shape])
-    article = "an" if noun.startswith("orange") else "a"
-    if rng.random() < 0.15:
-        article = "the"
-    preposition = _pick(PREPOSITIONS, rng)
-
-    form = rng.random()
-    if form < 0.06:
-        text = f"{article} {noun}"
-    elif form < 0.10:
-        text = f"{ground}, {article} {noun}"
-    else:
-        text = f"{article} {noun} {preposition} {ground}"
-
-    opening = rng.random()
-    if opening < 0.12:
-        return f"a photo of {text}"
-    if opening < 0.20:
-        return f"an image of {text}"
-    if opening < 0.25:
-        return f"a picture of {text}"
-    return text
-
-
-def describe(params: SceneParams) -> str:
-    """Name a scene plainly, e.g. "a red striped ball on grass"; a solid texture is not named.
-
-    Args:
-        params: the scene to describe.
-
-    Returns:
-        One caption of the training grammar, always the same for the same attributes.
-    """
-    words = [params.color, TEXTURE_WORDS[params.texture][0], SHAPE_WORDS[params.shape][0]]
-    noun = " ".join(word for word in words if word)
-    article = "an" if noun.startswith("orange") else "a"
-    return f"{article} {noun} on {GROUND_WORDS[params.ground][0]}"
+    image_HWC, first_HW, _ = render_layers(params, size)
+    return image_HWC, first_HW
