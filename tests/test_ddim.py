@@ -10,13 +10,17 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from tiny_model import SCHEDULER
 
 from tokenflow_batch.tokenflow.ddim import (
+    TOLERANCE,
+    Inverted,
     Schedule,
+    converged,
     implied_noise,
     invert_fixed_point,
     invert_plain,
     move,
     noise_from_prediction,
     residual,
+    retry,
 )
 from tokenflow_batch.tokenflow.samplers import SAMPLERS, State
 
@@ -214,6 +218,38 @@ def test_where_iterating_makes_it_worse_each_frame_keeps_its_best():
     assert torch.equal(found.x[0], iterates[4][0])
     assert torch.equal(found.x[1], iterates[0][1])
     torch.testing.assert_close(found.residual, gaps.min(dim=0).values)
+
+
+@pytest.mark.parametrize("slope", [-1.4, -2.5])
+def test_a_retry_solves_what_plain_iteration_makes_worse(slope):
+    alpha, alpha_t, x = 0.9, 0.3, normal(0)
+    scale = math.sqrt(alpha_t / alpha)
+    b = math.sqrt(1 - alpha_t) - scale * math.sqrt(1 - alpha)
+    gain = slope / b  # of ε, so that the iteration's slope is the given one
+
+    def noise(y, _):
+        return gain * y
+
+    found = invert_fixed_point(noise, x, 1, alpha, alpha_t, extra=5, warm_noise_FChw=0 * x)
+    assert not converged(found).any()
+    again = retry(noise, x, found, 1, alpha, alpha_t, evaluations=12)
+    solution = scale * x / (1 - slope)
+    assert residual(again.x, solution).max() < 0.05 * residual(found.x, solution).min()
+    assert (again.residual < found.residual).all()
+    torch.testing.assert_close(
+        again.residual, residual(again.x, move(x, noise(again.x, 1), alpha, alpha_t))
+    )
+
+
+def test_a_retry_starts_anew_where_there_is_no_number_and_keeps_the_rest():
+    alpha, alpha_t, x = 0.9, 0.3, normal(0)
+    spoilt = x.clone()
+    spoilt[0] = math.nan
+    found = Inverted(spoilt, torch.tensor([math.nan, 0.0]))
+    assert converged(found).tolist() == [False, True]
+    again = retry(lambda y, _: 0.1 * y, x, found, 1, alpha, alpha_t)
+    assert again.residual[0] < TOLERANCE
+    assert torch.equal(again.x[1], x[1])
 
 
 def test_fixed_point_inversion_without_an_iteration_is_refused():

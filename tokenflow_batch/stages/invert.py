@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tokenflow_batch.errors import ModelError
@@ -16,14 +18,19 @@ from tokenflow_batch.stages.base import Stage, StageContext
 from tokenflow_batch.stages.clip import CleanLatents, read_clip
 from tokenflow_batch.store import ArraySpec, ArrayStore, unit_name
 from tokenflow_batch.tokenflow.ddim import (
+    TOLERANCE,
     Inverted,
     Schedule,
+    converged,
     implied_noise,
     invert_fixed_point,
     invert_plain,
+    retry,
 )
 from tokenflow_batch.tokenflow.denoise import Denoiser
 from tokenflow_batch.tokenflow.windows import Chunk, batches
+
+log = logging.getLogger(__name__)
 
 
 class Invert(Stage):
@@ -111,23 +118,30 @@ class _Inversion:
         self.timesteps = schedule.timesteps[::-1]
         self.alphas = schedule.alphas[::-1]
         self.final_alpha = schedule.final_alpha
+        self.retried_rows = 0
 
     def unit(self, i: int, chunk: Chunk) -> None:
         """Compute and commit inversion step `i` of `chunk`."""
-        rows, began = self.denoiser.rows, time.perf_counter()
+        rows, retried = self.denoiser.rows, self.retried_rows
+        began = time.perf_counter()
         done = [self._batch(i, b) for b in batches(chunk.frames, self.settings.unet_batch)]
         require_finite(torch.cat([d.x for d in done]), f"inversion step {i}, {chunk.frames}")
         values = {
             "latents": torch.cat([d.x for d in done]).cpu().numpy(),
             "residual": torch.cat([d.residual for d in done]).cpu().numpy().astype(np.float32),
         }
+        self._warn(i, chunk, values["residual"])
+        retried = self.retried_rows - retried
         facts = {
-            "rows": self.denoiser.rows - rows,
+            "rows": self.denoiser.rows - rows - retried,  # as planned
+            "retried_rows": retried,
             "seconds": time.perf_counter() - began,
         }
         if self.settings.inversion_iterations > 0:
             facts["residual_sum"] = float(values["residual"].sum())
             facts["residual_largest"] = float(values["residual"].max())
+            facts["residual_worst_frame"] = chunk.start + int(values["residual"].argmax())
+            facts["unconverged"] = int((values["residual"] > TOLERANCE).sum())
         self.store.write((i, chunk.index), values, facts)
 
     def _batch(self, i: int, frames: Sequence[int]) -> Inverted:
@@ -144,7 +158,7 @@ class _Inversion:
         if i > 0 and self._alpha(i - 2) != alpha:
             # The noise that the previous step went along: state that needs no storing.
             warm = implied_noise(self._latents(i - 2, frames), x, self._alpha(i - 2), alpha)
-        return invert_fixed_point(
+        found = invert_fixed_point(
             noise,
             x,
             t,
@@ -153,6 +167,30 @@ class _Inversion:
             extra=self.settings.inversion_iterations,
             warm_noise_FChw=warm,
         )
+        for n in (~converged(found)).nonzero().flatten().tolist():
+            # One frame at a time: its bits must not depend on which others had trouble.
+            part = Inverted(found.x[n : n + 1], found.residual[n : n + 1])
+            before = self.denoiser.rows
+            again = retry(noise, x[n : n + 1], part, t, alpha, alpha_t)
+            self.retried_rows += self.denoiser.rows - before
+            found.x[n], found.residual[n] = again.x[0], again.residual[0]
+        return found
+
+    def _warn(self, i: int, chunk: Chunk, residual_F: NDArray[np.float32]) -> None:
+        """Name the frames that even the retry did not bring to a solution."""
+        bad = np.flatnonzero(residual_F > TOLERANCE)
+        if len(bad):
+            worst = chunk.start + int(residual_F.argmax())
+            log.warning(
+                "inversion step %d (timestep %d): %d frames did not converge after a retry, the "
+                "worst is frame %d (residual %.2g); the best iterate is kept. More "
+                "inversion_iterations or steps help",
+                i,
+                self.timesteps[i],
+                len(bad),
+                worst,
+                float(residual_F.max()),
+            )
 
     def _alpha(self, i: int) -> float:
         return self.final_alpha if i < 0 else self.alphas[i]

@@ -113,6 +113,7 @@ def _metrics(context: StageContext, clip: Clip, consistency: Consistency) -> dic
     s, facts = context.settings, clip.facts
     totals = {stage: context.folder(stage).totals() for stage in STAGES[:-1]}
     rows = {stage: int(t["rows"]) for stage, t in totals.items() if "rows" in t}
+    retried = int(totals["invert"].get("retried_rows", 0))  # unplanned: frames that swing
     return {
         "frames": clip.frames,
         "fps": float(facts.rate),
@@ -127,7 +128,7 @@ def _metrics(context: StageContext, clip: Clip, consistency: Consistency) -> dic
             "source's DIS optical flow, occlusions left out",
         },
         "inversion_residual": _residual(context, clip.frames),
-        "unet_rows": {**rows, "total": sum(rows.values())},
+        "unet_rows": {**rows, "retried": retried, "total": sum(rows.values()) + retried},
         "unet_rows_per_frame": {stage: n / clip.frames for stage, n in rows.items()},
         "unet_seconds": {k: round(t["seconds"], 3) for k, t in totals.items() if "seconds" in t},
         "numerics": json.loads(
@@ -137,11 +138,20 @@ def _metrics(context: StageContext, clip: Clip, consistency: Consistency) -> dic
 
 
 def _residual(context: StageContext, frames: int) -> dict[str, float | None]:
-    """How exactly the inversion solved the sampler's equation, over frames and steps."""
+    """How exactly the inversion solved the sampler's equation, over frames and steps.
+
+    `unconverged` counts (frame, step) pairs above the tolerance after a retry.
+    """
     folder = context.folder("invert")
     records = (folder.record(unit) for unit in folder.units())
     facts = [r.facts for r in records if r is not None and "residual_sum" in r.facts]
     if not facts:
-        return {"mean": None, "largest": None}
+        return {"mean": None, "largest": None, "worst_frame": None, "unconverged": None}
     mean = sum(f["residual_sum"] for f in facts) / (frames * context.settings.inversion_steps)
-    return {"mean": mean, "largest": max(f["residual_largest"] for f in facts)}
+    worst = max(facts, key=lambda f: f["residual_largest"])
+    return {
+        "mean": mean,
+        "largest": worst["residual_largest"],
+        "worst_frame": worst["residual_worst_frame"],
+        "unconverged": sum(f["unconverged"] for f in facts),
+    }

@@ -1,0 +1,357 @@
+"""Ways of editing one generated clip, in step with each other on the same inverted latents.
+
+All methods take each sampling step together: the source pass at a step (its tokens, its
+convolution features) is made once and serves them all, and nothing is written to disk. `default`
+and `official` go through `predict_window`, the code that the `edit` stage runs.
+
+Shape suffixes: T steps, F frames, K keyframes, L tokens, C channels, h w latent size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tokenflow_batch.demo.scenes import Clip
+from tokenflow_batch.models import Model
+from tokenflow_batch.tokenflow.attention import Hooks, attend, merge_heads, split_heads
+from tokenflow_batch.tokenflow.correspondence import match_frames
+from tokenflow_batch.tokenflow.ddim import (
+    Schedule,
+    implied_noise,
+    invert_fixed_point,
+    invert_plain,
+    move,
+)
+from tokenflow_batch.tokenflow.denoise import Denoiser, EditSettings, Prompts, predict_window
+from tokenflow_batch.tokenflow.injection import Site
+from tokenflow_batch.tokenflow.keyframes import draw_keyframes, segments, true_neighbours
+from tokenflow_batch.tokenflow.modes import DEFAULT, PUBLISHED, Injection, Mode
+from tokenflow_batch.tokenflow.passes import KeyframePass, SourcePass
+from tokenflow_batch.tokenflow.windows import batches
+
+BATCH = 8
+"""Frames per UNet call."""
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """What an edit is run with.
+
+    Attributes:
+        guidance_scale: of the edit.
+        attn_t: share of steps with injected queries and keys.
+        f_t: share of steps with injected convolution features.
+        segment_length: B, frames per keyframe.
+        keyframe_seed: of the keyframe draws.
+    """
+
+    guidance_scale: float = 5.0
+    attn_t: float = 0.8
+    f_t: float = 1.0
+    segment_length: int = 8
+    keyframe_seed: int = 0
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A clip, inverted.
+
+    Attributes:
+        clip: the ground truth.
+        frames: the clip's own, (F, H, W, 3) uint8.
+        clean: VAE latents, (F, C, h, w).
+        source: inverted latents at every sampling step, (T, F, C, h, w).
+        schedule: the sampling steps.
+    """
+
+    clip: Clip
+    frames: NDArray[np.uint8]
+    clean: Tensor
+    source: Tensor
+    schedule: Schedule
+
+
+def invert(
+    denoiser: Denoiser, clean: Tensor, embeds: Tensor, schedule: Schedule, extra: int, *, warm: bool
+) -> Tensor:
+    """Inverted latents at every step of the schedule, noisiest first, (T, F, C, h, w).
+
+    Args:
+        denoiser: the model.
+        clean: (F, C, h, w).
+        embeds: source prompt, one row for all frames or one each.
+        schedule: the steps.
+        extra: fixed-point iterations; 0 is plain inversion.
+        warm: begin each step along the noise that the one before went along.
+    """
+    before, x, before_alpha, alpha = clean, clean, schedule.final_alpha, schedule.final_alpha
+    kept = []
+    for i, (t, alpha_t) in enumerate(
+        zip(schedule.timesteps[::-1], schedule.alphas[::-1], strict=True)
+    ):
+
+        def noise(x_NChw: Tensor, at: int, level: float = alpha_t) -> Tensor:
+            return denoiser.noise(x_NChw, at, level, embeds)
+
+        if extra == 0:
+            found = invert_plain(noise, x, t, alpha, alpha_t)
+        else:
+            start = implied_noise(before, x, before_alpha, alpha) if warm and i > 0 else None
+            found = invert_fixed_point(
+                noise, x, t, alpha, alpha_t, extra=extra, warm_noise_FChw=start
+            )
+        before, x, before_alpha, alpha = x, found.x, alpha, alpha_t
+        kept.append(x)
+    return torch.stack(kept[::-1])
+
+
+def sample(denoiser: Denoiser, x: Tensor, embeds: Tensor, schedule: Schedule) -> Tensor:
+    """Back to clean latents by DDIM, without guidance."""
+    for step, (t, alpha) in enumerate(zip(schedule.timesteps, schedule.alphas, strict=True)):
+        x = move(x, denoiser.noise(x, t, alpha, embeds), alpha, schedule.alpha_after(step))
+    return x
+
+
+def prepare(model: Model, clip: Clip, steps: int) -> Prepared:
+    """Encode a clip and invert it at the default preset, `BATCH` frames at a time."""
+    frames = np.stack(list(clip.frames()))
+    clean, schedule = model.encode(frames), model.schedule(steps)
+    embeds = model.embed(clip.caption).unsqueeze(0)
+    denoiser = Denoiser(model.unet, model.prediction_type)
+    source = [invert(denoiser, part, embeds, schedule, 1, warm=True) for part in clean.split(BATCH)]
+    return Prepared(clip, frames, clean, torch.cat(source, dim=1), schedule)
+
+
+@dataclass
+class Moment:
+    """One sampling step of one clip, as every method sees it.
+
+    Attributes:
+        step: 0 the noisiest.
+        t: its timestep.
+        alpha: its ᾱ.
+        keyframes: as drawn for this step.
+        source: inverted latents, (F, C, h, w).
+        tokens: per site φ of every source frame, (F, L, C); empty where no method asks for them.
+        conv: the source's convolution features, (F, C, h, w).
+        prompts: text embeddings.
+        thresholds: of the edit.
+        steps: T.
+    """
+
+    step: int
+    t: int
+    alpha: float
+    keyframes: Sequence[int]
+    source: Tensor
+    tokens: list[Tensor]
+    conv: Tensor
+    prompts: Prompts
+    thresholds: Thresholds
+    steps: int
+
+    @property
+    def frames(self) -> range:
+        """All of the clip's."""
+        return range(len(self.source))
+
+    @property
+    def injection(self) -> Injection:
+        """The thresholds in steps."""
+        return Injection.pnp(self.steps, self.thresholds.attn_t, self.thresholds.f_t)
+
+
+class Method(Protocol):
+    """Predicts guided noise for all frames at one step."""
+
+    def __call__(self, denoiser: Denoiser, hooks: Hooks, now: Moment, x: Tensor) -> Tensor:
+        """(F, C, h, w) noise for the edited latents x."""
+
+
+class AloneKeyframePass(KeyframePass):
+    """Plug-and-Play on every frame of a batch for itself: no frame sees another."""
+
+    def self_attention(
+        self,
+        site: Site,
+        attn: Any,
+        tokens_NLC: Tensor,
+        plain: Callable[[], Tensor],
+    ) -> Tensor:
+        """Self-attention with the source's queries and keys where PnP injects them."""
+        if not (self.inject_qk and site.inject_qk):
+            return plain()
+        q, k, v = (
+            split_heads(project(tokens_NLC), attn.heads)
+            for project in (attn.to_q, attn.to_k, attn.to_v)
+        )
+        frames = len(tokens_NLC) // self.branches
+        q, k = (x[:frames].repeat(self.branches, 1, 1, 1) for x in (q, k))
+        out = merge_heads(attend(q, k, v, attn.scale, self.attention))
+        result: Tensor = attn.to_out[1](attn.to_out[0](out))
+        return result
+
+
+def per_frame(denoiser: Denoiser, hooks: Hooks, now: Moment, x: Tensor) -> Tensor:
+    """Plug-and-Play, every frame for itself."""
+    found = []
+    for batch in batches(now.frames, BATCH):
+        qk, conv = now.step < now.injection.qk_steps, now.step < now.injection.conv_steps
+        branches = 3 if qk else 2
+        active = AloneKeyframePass(
+            branches=branches,
+            inject_qk=qk,
+            inject_conv=conv,
+            stored_conv_KChw=now.conv[list(batch)] if conv else None,
+            attention=hooks.attention,
+        )
+        part = x[list(batch)]
+        rows = [now.source[list(batch)], part, part][-branches:]
+        embeds = [now.prompts.source, now.prompts.negative, now.prompts.target][-branches:]
+        embeds_NTE = torch.cat([e.expand(len(part), -1, -1) for e in embeds])
+        with hooks.during(active):
+            noise = denoiser.noise(torch.cat(rows), now.t, now.alpha, embeds_NTE)
+        *_, negative, target = noise.chunk(branches)
+        found.append(negative + now.thresholds.guidance_scale * (target - negative))
+    return torch.cat(found)
+
+
+@dataclass
+class _Inputs:
+    """A window's inputs out of memory."""
+
+    now: Moment
+    x: Tensor
+    index: list[Tensor]
+
+    def latents(self, frames: Sequence[int]) -> Tensor:
+        return self.x[list(frames)]
+
+    def source(self, frames: Sequence[int]) -> Tensor:
+        return self.now.source[list(frames)]
+
+    def conv(self, frames: Sequence[int]) -> Tensor:
+        return self.now.conv[list(frames)]
+
+    def correspondences(self, frames: Sequence[int]) -> list[Tensor]:
+        return [field_F2L[list(frames)] for field_F2L in self.index]
+
+
+def correspondences(now: Moment) -> list[Tensor]:
+    """γ of every frame at every site by the default rule, each (F, 2, L)."""
+    near = [true_neighbours(f, now.keyframes, now.thresholds.segment_length) for f in now.frames]
+    keyframes = list(now.keyframes)
+    return [match_frames(tokens, tokens[keyframes], near, "torch") for tokens in now.tokens]
+
+
+@dataclass
+class TokenFlow:
+    """The project's method in one of its modes.
+
+    Attributes:
+        mode: default or published.
+        keyframes: other keyframes than the drawn ones, from the moment.
+    """
+
+    mode: Mode = DEFAULT
+    keyframes: Callable[[Moment], Sequence[int]] | None = None
+    _field: Callable[[Moment], list[Tensor]] = field(default=correspondences)
+
+    def __call__(self, denoiser: Denoiser, hooks: Hooks, now: Moment, x: Tensor) -> Tensor:
+        """See `Method`."""
+        if self.keyframes is not None:
+            now = Moment(**{**vars(now), "keyframes": self.keyframes(now)})
+        index = self._field(now) if self.mode.stored_source else []
+        settings = EditSettings(
+            guidance_scale=now.thresholds.guidance_scale,
+            injection=now.injection,
+            segment_length=now.thresholds.segment_length,
+            batch=now.thresholds.segment_length,
+            mode=self.mode,
+        )
+        return predict_window(
+            denoiser,
+            hooks,
+            _Inputs(now, x, index),
+            now.prompts,
+            settings,
+            step=now.step,
+            t=now.t,
+            alpha=now.alpha,
+            keyframes=now.keyframes,
+            frames=now.frames,
+        )
+
+
+METHODS: Mapping[str, Method] = {
+    "per_frame": per_frame,
+    "official": TokenFlow(PUBLISHED),
+    "default": TokenFlow(),
+}
+
+
+def _source_pass(
+    denoiser: Denoiser, hooks: Hooks, now: Moment, embed: Tensor
+) -> tuple[list[Tensor], Tensor]:
+    """Tokens of every site and convolution features of all frames."""
+    seen = []
+    for batch in batches(now.frames, BATCH):
+        with hooks.during(SourcePass()) as active:
+            denoiser.noise(now.source[list(batch)], now.t, now.alpha, embed)
+        seen.append(active)
+    tokens = [torch.cat(parts) for parts in zip(*(s.tokens for s in seen), strict=True)]
+    return tokens, torch.cat([s.conv for s in seen if s.conv is not None])
+
+
+def edit(
+    model: Model,
+    hooks: Hooks,
+    prepared: Prepared,
+    prompt: str,
+    methods: Sequence[str],
+    thresholds: Thresholds,
+    on_step: Callable[[int], None] = lambda _: None,
+) -> dict[str, NDArray[np.uint8]]:
+    """Edit a clip by several methods.
+
+    Args:
+        model: with `hooks` installed on its UNet.
+        hooks: the seams.
+        prepared: the clip.
+        prompt: of the edit.
+        methods: names out of `METHODS`.
+        thresholds: of the edit.
+        on_step: told 1 after each sampling step.
+
+    Returns:
+        Per method the decoded frames, (F, H, W, 3) uint8.
+    """
+    schedule, clip = prepared.schedule, prepared.clip
+    prompts = Prompts(*(model.embed(p) for p in (clip.caption, "", prompt)))
+    denoiser = Denoiser(model.unet, model.prediction_type)
+    segs = segments(len(clip), thresholds.segment_length)
+    x = dict.fromkeys(methods, prepared.source[0])
+    for step, (t, alpha) in enumerate(zip(schedule.timesteps, schedule.alphas, strict=True)):
+        keyframes = draw_keyframes(thresholds.keyframe_seed, step, segs)
+        source = prepared.source[step]
+        now = Moment(
+            step, t, alpha, keyframes, source, [], source, prompts, thresholds, len(schedule)
+        )
+        now.tokens, now.conv = _source_pass(denoiser, hooks, now, prompts.source.unsqueeze(0))
+        for name in methods:
+            noise = METHODS[name](denoiser, hooks, now, x[name])
+            x[name] = move(x[name], noise, alpha, schedule.alpha_after(step))
+        on_step(1)
+    return {name: decode(model, latents) for name, latents in x.items()}
+
+
+def decode(model: Model, latents: Tensor) -> NDArray[np.uint8]:
+    """Frames, a few at a time."""
+    return np.concatenate([model.decode(part) for part in latents.split(BATCH)])
