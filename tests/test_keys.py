@@ -37,11 +37,11 @@ def changed(**options):
 # Recorded: whoever changes one of these makes every user compute everything again.
 LITERAL = {
     "encode": "14d8957d401e6ff459c2c9eb",
-    "invert": "31df10dbdf02e4256ae0fd82",
-    "match": "50347789530aea4ddb8020e7",
-    "edit": "277458e09be4ea6e0cdb55c0",
-    "render": "2badcd3d740fd1465f27af6e",
-    "report": "f89fe3d244d715fee4aa8272",
+    "invert": "eeedeb46a41eb3fd457c53bb",
+    "match": "f3e9170927aae7cdc1805bc9",
+    "edit": "be41a425284cb11feb627939",
+    "render": "d2f2d9ea0c97ea3baf6e28ad",
+    "report": "70b63fd103e2c8fdfad90a10",
 }
 
 
@@ -81,6 +81,7 @@ EFFECTS = [
     ({"sampler": "dpmsolver++"}, FROM["edit"]),
     ({"attn_t": 0.4}, FROM["edit"]),
     ({"f_t": 0.7}, FROM["edit"]),
+    ({"conv_site": "up_blocks.1.resnets.2"}, FROM["match"]),
     ({"crf": 20}, FROM["render"]),
     ({"audio": False}, FROM["render"]),
     ({"restore_size": True}, FROM["render"]),

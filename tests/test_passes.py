@@ -29,6 +29,7 @@ from tokenflow_batch.tokenflow.passes import (
     propagate,
 )
 
+CONV = f"{CONV_SITE}.conv2"
 K = 3
 
 
@@ -106,7 +107,7 @@ def test_the_unet_is_what_it_was_when_the_hooks_are_gone(unet, fails):
     state = {name: value.clone() for name, value in unet.state_dict().items()}
     try:
         with tokenflow_hooks(unet, "sdpa") as hooks:
-            assert hooks_on(unet) == {CONV_SITE: 1}
+            assert hooks_on(unet) == {CONV: 1}
             with hooks.during(SourcePass()):
                 evaluate(unet, x)
                 if fails:
@@ -185,14 +186,17 @@ def test_sites_are_all_self_attentions_and_pnp_s_among_them(unet):
     assert Site(0, "", 1, False).tokens((5, 3)) == 3 * 2
 
 
-def test_the_source_pass_keeps_what_goes_into_the_attentions_and_out_of_the_convolution(unet):
+@pytest.mark.parametrize("site", ["up_blocks.0.resnets.2", CONV_SITE, "up_blocks.3.resnets.0"])
+def test_the_source_pass_keeps_what_goes_into_the_attentions_and_out_of_the_convolution(unet, site):
+    conv = f"{site}.conv2"
     sites = attention_sites(unet)
     x = normal(0, 2, CHANNELS, 8, 8)
-    with Recorder(unet, CONV_SITE, *(s.name for s in sites)) as plain:
+    with Recorder(unet, conv, *(s.name for s in sites)) as plain:
         evaluate(unet, x)
-    with tokenflow_hooks(unet) as hooks, hooks.during(SourcePass()) as seen:
+    with tokenflow_hooks(unet, conv_site=site) as hooks, hooks.during(SourcePass()) as seen:
         evaluate(unet, x)
-    assert torch.equal(seen.conv, plain.outputs[CONV_SITE])
+    assert torch.equal(seen.conv, plain.outputs[conv])
+    assert tuple(seen.conv.shape) == (2, *conv_shape(unet, (8, 8), site))
     for site in sites:
         assert torch.equal(seen.tokens[site.index], plain.inputs[site.name])
 
@@ -321,16 +325,16 @@ def test_what_follows_the_convolution_in_the_unet_sees_the_source_s_features(une
     with (
         tokenflow_hooks(unet) as hooks,
         hooks.during(joint),
-        Recorder(unet, CONV_SITE) as keyframes,
+        Recorder(unet, CONV) as keyframes,
     ):
         evaluate(unet, x)
-        source, negative, target = keyframes.outputs[CONV_SITE].chunk(3)
+        source, negative, target = keyframes.outputs[CONV].chunk(3)
     assert torch.equal(negative, source) == torch.equal(target, source) == on
     near = [true_neighbours(f, [0, 1, 2], 1) for f in range(K)]
     spread = propagation_pass(joint, near)
-    with tokenflow_hooks(unet) as hooks, hooks.during(spread), Recorder(unet, CONV_SITE) as others:
+    with tokenflow_hooks(unet) as hooks, hooks.during(spread), Recorder(unet, CONV) as others:
         evaluate(unet, x)
-        source, negative, target = others.outputs[CONV_SITE].chunk(3)
+        source, negative, target = others.outputs[CONV].chunk(3)
     assert torch.equal(negative, source) == torch.equal(target, source) == on
 
 

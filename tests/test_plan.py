@@ -28,7 +28,13 @@ def test_plan_equals_run(tiny_model, tmp_path):
         "version": 1,
         "model": str(tiny_model),
         "output": "out",
-        "defaults": {"steps": 4, "inversion_iterations": 4, "segment_length": 3, "chunk_frames": 4, "unet_batch": 3},
+        "defaults": {
+            "steps": 4,
+            "inversion_iterations": 4,
+            "segment_length": 3,
+            "chunk_frames": 4,
+            "unet_batch": 3,
+        },
         "clips": [
             {
                 "video": "clip.mp4",

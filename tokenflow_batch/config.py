@@ -72,6 +72,11 @@ class Settings(Frozen):
     technique: Technique = "pnp"
     attn_t: SHARE = Field(0.5, description="PnP: share of steps with injected queries and keys")
     f_t: SHARE = Field(0.8, description="PnP: share of steps with injected convolution features")
+    conv_site: str = Field(
+        "up_blocks.1.resnets.1",
+        pattern=r"^up_blocks\.\d+\.resnets\.\d+$",
+        description="PnP: the residual block whose convolution features are injected",
+    )
     strength: float = Field(0.9, gt=0, le=1, description="SDEdit: share of steps that are sampled")
     sampler: Literal["ddim", "dpmsolver++"] = "ddim"
     # the output

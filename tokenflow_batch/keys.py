@@ -16,7 +16,7 @@ from tokenflow_batch.files import digest_json
 
 VERSIONS: Mapping[StageName, int] = {
     "encode": 1,
-    "invert": 1,
+    "invert": 2,
     "match": 1,
     "edit": 1,
     "render": 1,
@@ -34,7 +34,7 @@ _INVERT = (
 )
 _MATCH = ("keyframe_seed", "segment_length")
 _EDIT = ("prompt", "negative_prompt", "guidance_scale", "technique", "sampler")
-_PNP = ("attn_t", "f_t")
+_PNP = ("attn_t", "f_t", "conv_site")
 _SDEDIT = ("strength",)
 _RENDER = ("crf", "audio", "restore_size")
 
@@ -88,7 +88,8 @@ def stage_keys(job: Job, identity: Identity, dtype: str) -> dict[StageName, Stag
         {"encode": encode, "model": identity.denoiser, "dtype": dtype, **_pick(s, _INVERT)},
     )
     matched = {"invert": invert, **_pick(s, _MATCH)}
-    add("match", {**matched, "conv_steps": job.stored_conv_steps})
+    conv = {"conv_site": s.conv_site} if job.stored_conv_steps else {}
+    add("match", {**matched, "conv_steps": job.stored_conv_steps, **conv})
     # What an edit reads of `match` doesn't depend on how much more is stored for other edits.
     match = digest_json({"version": VERSIONS["match"], **matched})[:24]
     technique = _PNP if s.technique == "pnp" else _SDEDIT

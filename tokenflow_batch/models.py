@@ -195,6 +195,17 @@ class Model:
         embedded: Tensor = self._text_encoder(ids.to(self.compute.device))[0]
         return embedded[0]
 
+    def check_conv_site(self, site: str) -> None:
+        """Make sure that the UNet has the residual block whose features PnP injects.
+
+        Raises:
+            ModelError: it hasn't.
+        """
+        try:
+            conv_module(self.unet, site)
+        except ValueError as error:
+            raise ModelError(str(error), hint="conv_site: up_blocks.1.resnets.1 is usual") from None
+
     def check_prompt(self, prompt: str) -> int:
         """Make sure that a prompt fits; returns the text encoder's length T.
 

@@ -42,6 +42,7 @@ class Edit(Stage):
     def run(self, context: StageContext, folder: StageFolder) -> None:
         """See `Stage.run`."""
         s, clip, model = context.settings, read_clip(context), context.model()
+        model.check_conv_site(s.conv_site)
         schedule = model.schedule(s.steps)
         inversion = model.schedule(s.inversion_steps)
         source = InvertedLatents(context.folder("invert"), schedule, inversion)
@@ -54,7 +55,7 @@ class Edit(Stage):
             _drop_step(folder, step, windows, clip)
         denoiser = Denoiser(model.unet, model.prediction_type)
         with (
-            tokenflow_hooks(model.unet, context.compute.attention) as hooks,
+            tokenflow_hooks(model.unet, context.compute.attention, s.conv_site) as hooks,
             context.progress("edit", (s.steps - first) * clip.frames) as advance,
         ):
             inputs = _Inputs(

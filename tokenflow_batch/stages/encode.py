@@ -34,6 +34,7 @@ class Encode(Stage):
         model, s = context.model(), context.settings
         for prompt in (s.source_prompt, s.negative_prompt, s.prompt):
             model.check_prompt(prompt)  # now, rather than after hours of inversion
+        model.check_conv_site(s.conv_site)
         frame_shape = model.frame_shape(clip.geometry.working)
         spec = ArraySpec(
             "encode", (), clip.frames, clip.chunk_frames, frame_shape, context.float_dtype

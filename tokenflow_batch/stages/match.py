@@ -38,6 +38,7 @@ class Match(Stage):
         if not MODES[s.mode].stored_source:
             return
         clip, model = read_clip(context), context.model()
+        model.check_conv_site(s.conv_site)
         sampling = model.schedule(s.steps)
         source = InvertedLatents(
             context.folder("invert"), sampling, model.schedule(s.inversion_steps)
@@ -45,7 +46,7 @@ class Match(Stage):
         _, *hw = model.frame_shape(clip.geometry.working)
         latent_hw = (hw[0], hw[1])
         sites = attention_sites(model.unet)
-        conv = conv_shape(model.unet, latent_hw)
+        conv = conv_shape(model.unet, latent_hw, s.conv_site)
         specs = _specs(context, clip, sites, latent_hw, conv)
         store = ArrayStore.create(folder, specs)
         units = [
@@ -57,7 +58,7 @@ class Match(Stage):
         denoiser = Denoiser(model.unet, model.prediction_type)
         embed = model.embed(s.source_prompt)
         with (
-            tokenflow_hooks(model.unet, context.compute.attention) as hooks,
+            tokenflow_hooks(model.unet, context.compute.attention, s.conv_site) as hooks,
             context.progress("match", sum(len(c) for _, c in units)) as advance,
         ):
             work = _Matching(context, clip, source, sampling, denoiser, hooks, embed, latent_hw)

@@ -17,7 +17,7 @@ from typing import Any, Literal, Protocol, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from tokenflow_batch.tokenflow.injection import Site, attention_sites, conv_module
+from tokenflow_batch.tokenflow.injection import CONV_SITE, Site, attention_sites, conv_module
 
 P = TypeVar("P", bound="Pass")
 AttentionBackend = Literal["sdpa", "xformers", "eager"]
@@ -95,7 +95,7 @@ class Pass(Protocol):
         """
 
     def conv_features(self, features_NChw: Tensor) -> Tensor:
-        """What the convolution at `CONV_SITE` shall return instead of its output."""
+        """What the convolution at the PnP site shall return instead of its output."""
 
 
 class Hooks:
@@ -147,8 +147,15 @@ class _Processor:
 
 
 @contextmanager
-def tokenflow_hooks(unet: nn.Module, attention: AttentionBackend = "sdpa") -> Iterator[Hooks]:
+def tokenflow_hooks(
+    unet: nn.Module, attention: AttentionBackend = "sdpa", conv_site: str = CONV_SITE
+) -> Iterator[Hooks]:
     """Install the seams on `unet`; on leaving it is bit for bit what it was.
+
+    Args:
+        unet: of the SD 1.x / 2.x layout.
+        attention: backend of the passes' own attention.
+        conv_site: residual block whose convolution features PnP injects.
 
     Raises:
         ValueError: the UNet has no self-attention sites or no PnP convolution.
@@ -156,7 +163,7 @@ def tokenflow_hooks(unet: nn.Module, attention: AttentionBackend = "sdpa") -> It
     hooks = Hooks(attention_sites(unet), attention)
     modules = [unet.get_submodule(site.name) for site in hooks.sites]
     originals: list[Any] = [m.processor for m in modules]
-    conv = conv_module(unet)
+    conv = conv_module(unet, conv_site)
 
     def on_conv(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:  # noqa: ARG001
         return None if hooks.active is None else hooks.active.conv_features(output)

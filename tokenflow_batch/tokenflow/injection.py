@@ -1,8 +1,8 @@
 """Where the method touches a Stable Diffusion UNet: the attention sites and the PnP sites.
 
 Plug-and-Play (Tumanyan et al., CVPR 2023) injects the source's convolution features at
-`up_blocks[1].resnets[1]` and its queries and keys at the decoder's self-attentions from
-`up_blocks[1].attentions[1]` on.
+`up_blocks[1].resnets[1]` (another residual block can be chosen) and its queries and keys at the
+decoder's self-attentions from `up_blocks[1].attentions[1]` on.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from typing import Any
 
 from torch import nn
 
-CONV_SITE = "up_blocks.1.resnets.1.conv2"
+CONV_SITE = "up_blocks.1.resnets.1"
+"""The residual block whose second convolution's output is injected, as published."""
 
 QK_PREFIXES = (
     "up_blocks.1.attentions.1",
@@ -72,28 +73,28 @@ def attention_sites(unet: nn.Module) -> tuple[Site, ...]:
     )
 
 
-def conv_module(unet: nn.Module) -> nn.Module:
-    """The convolution at `CONV_SITE`.
+def conv_module(unet: nn.Module, site: str = CONV_SITE) -> nn.Module:
+    """The second convolution of the residual block `site`.
 
     Raises:
         ValueError: the UNet lacks that layer.
     """
     try:
-        return unet.get_submodule(CONV_SITE)
+        return unet.get_submodule(f"{site}.conv2")
     except AttributeError:
-        raise ValueError(
-            f"the UNet has no {CONV_SITE}: PnP needs the SD 1.x / 2.x layout"
-        ) from None
+        raise ValueError(f"the UNet has no {site}: PnP needs the SD 1.x / 2.x layout") from None
 
 
-def conv_shape(unet: nn.Module, latent_hw: tuple[int, int]) -> tuple[int, int, int]:
-    """(C, h, w) of the convolution features at `CONV_SITE`.
+def conv_shape(
+    unet: nn.Module, latent_hw: tuple[int, int], site: str = CONV_SITE
+) -> tuple[int, int, int]:
+    """(C, h, w) of the convolution features at `site`, for latents of (h, w).
 
     Raises:
         ValueError: the UNet lacks that layer.
     """
-    conv = conv_module(unet)
-    level = _level(CONV_SITE, len(_config(unet)["block_out_channels"]))
+    conv = conv_module(unet, site)
+    level = _level(site, len(_config(unet)["block_out_channels"]))
     h, w = (-(-side // 2**level) for side in latent_hw)
     return int(conv.out_channels), h, w  # type: ignore[arg-type]
 
