@@ -1,0 +1,101 @@
+"""The demo model's training recipe: every stage runs, and a killed run ends at the same bits."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "train_demo_model.py"
+UNET = ("unet", "--steps", "6", "--batch", "2", "--save-every", "2")
+
+
+def command(work, *arguments):
+    return [sys.executable, str(SCRIPT), *arguments, "--work", str(work)]
+
+
+def train(work, *arguments):
+    done = subprocess.run(command(work, *arguments), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """A work folder up to the latents."""
+    work = tmp_path_factory.mktemp("training")
+    train(work, "tokenizer")
+    told = train(work, "vae", "--steps", "3", "--batch", "2")
+    assert "linear codec" in told
+    train(work, "latents", "--count", "12")
+    return work
+
+
+def weights(work):
+    content = torch.load(work / "pipeline.ckpt", weights_only=True)
+    assert content["step"] == 6
+    return [*content["parameters"], *content["average"]]
+
+
+@pytest.mark.slow
+def test_a_killed_training_ends_at_the_same_bits(prepared):
+    checkpoint, log = prepared / "pipeline.ckpt", prepared / "pipeline.jsonl"
+    train(prepared, *UNET)
+    whole, lines = weights(prepared), log.read_text()
+    checkpoint.unlink()
+
+    process = subprocess.Popen(
+        command(prepared, *UNET), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 300
+    while not checkpoint.exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert torch.load(checkpoint, weights_only=True)["step"] < 6
+    train(prepared, *UNET)
+    assert all(torch.equal(a, b) for a, b in zip(weights(prepared), whole, strict=True))
+    assert [without_time(x) for x in log.read_text().splitlines()] == [
+        without_time(x) for x in lines.splitlines()
+    ]
+
+    pipeline = StableDiffusionPipeline.from_pretrained(
+        prepared / "pipeline", variant="fp16", safety_checker=None, dtype=torch.float32
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    image = pipeline("a red ball on grass", num_inference_steps=2, height=64, width=64).images[0]
+    assert image.size == (64, 64)
+    other = train(
+        prepared,
+        "unet",
+        "--steps",
+        "2",
+        "--init",
+        str(prepared / "pipeline"),
+        "--batch",
+        "2",
+        "--out",
+        "finer",
+    )
+    assert "step=2" in other
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_other_options_is_refused(prepared, tmp_path):
+    train(prepared, "unet", "--steps", "2", "--batch", "2", "--out", "refused")
+    again = command(prepared, "unet", "--steps", "3", "--batch", "2", "--out", "refused")
+    done = subprocess.run(again, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode != 0
+    assert "use the same options" in done.stderr
+
+
+def without_time(line):
+    return {k: v for k, v in json.loads(line).items() if k != "seconds"}
