@@ -374,3 +374,22 @@ def test_the_full_domain_draws_pairs_in_its_share():
             assert " and " in describe(params)
             assert " and " in caption(params, rng)
             assert not (render_layers(params, 64)[1] * render_layers(params, 64)[2]).any()
+
+
+@pytest.mark.parametrize("options", MOTIONS.values(), ids=MOTIONS)
+def test_flow_over_many_frames_leads_to_the_same_colours(options):
+    clip = Clip.random(4, 40, domain=STRIPED, **options)
+    for index, to in ((3, 9), (20, 12), (7, 7)):
+        flow = clip.flow(index, to)
+        warped = bilinear(clip.frame(to).astype(np.float64), flow)
+        rows, columns = np.mgrid[: clip.size, : clip.size]
+        x, y = (
+            np.clip(np.rint(start + flow[..., axis]), 0, clip.size - 1).astype(int)
+            for axis, start in enumerate((columns, rows))
+        )
+        usable = ~clip.occluded(index, to) & pure(clip, index) & pure(clip, to)[y, x]
+        error = np.abs(warped - clip.frame(index)).max(-1)
+        on_object = np.isin(clip.layers(index), (OBJECT, SECOND))
+        assert (usable & ~on_object).sum() > 1000
+        assert error[usable & ~on_object].max() == 0
+        assert error[usable & on_object].mean() < MOVING_BOUND

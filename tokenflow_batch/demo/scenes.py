@@ -281,25 +281,28 @@ class Clip:
         layers_HW[:, self._post_columns(index)] = POST
         return layers_HW
 
-    def flow(self, index: int) -> npt.NDArray[np.float32]:
-        """Where each pixel of a frame goes by the next frame, whether it stays visible or not.
+    def flow(self, index: int, to: int | None = None) -> npt.NDArray[np.float32]:
+        """Where each pixel of a frame goes, whether it stays visible or not.
 
         Args:
-            index: of the frame that the flow starts from; the last frame has no flow.
+            index: of the frame that the flow starts from.
+            to: of the frame that it leads to; by default the next one, which the last frame lacks.
 
         Returns:
             (H, W, 2) float32 displacement (x, y) in pixels: whole pixels for ground and post, a
             similarity transform (shift, turn, zoom) for an object.
 
         Raises:
-            IndexError: the clip has no such frame or none after it.
+            IndexError: the clip has no such frame.
         """
+        to = index + 1 if to is None else to
         layers_HW = self.layers(index)
         flow_HW2 = np.empty((self.size, self.size, 2), np.float32)
-        flow_HW2[:] = self.pan
+        flow_HW2[:] = [step * (to - index) for step in self.pan]
         if self.post is not None:
-            flow_HW2[layers_HW == POST] = (self.post.speed, 0)
-        now, then = self.params(index), self.params(index + 1)
+            moved = self.post.left(to, self.size) - self.post.left(index, self.size)
+            flow_HW2[layers_HW == POST] = (moved, 0)
+        now, then = self.params(index), self.params(to)
         self._add_flow(flow_HW2, layers_HW == OBJECT, now, then)
         if now.second is not None and then.second is not None:
             self._add_flow(flow_HW2, layers_HW == SECOND, now.second, then.second)
@@ -324,27 +327,29 @@ class Clip:
         flow_HW2[rows, columns, 0] = cos * x - sin * y - x + shift_x
         flow_HW2[rows, columns, 1] = sin * x + cos * y - y + shift_y
 
-    def occluded(self, index: int) -> npt.NDArray[np.bool_]:
-        """Pixels of a frame that the next frame does not show.
+    def occluded(self, index: int, to: int | None = None) -> npt.NDArray[np.bool_]:
+        """Pixels of a frame that another frame does not show.
 
         Args:
-            index: of the frame; the last frame has no next one.
+            index: of the frame.
+            to: of the other one; by default the next, which the last frame lacks.
 
         Returns:
             (H, W) bool: the flow leads out of the image (beyond the outermost pixel centres), or
-            behind the object or the post.
+            behind an object or the post.
 
         Raises:
-            IndexError: the clip has no such frame or none after it.
+            IndexError: the clip has no such frame.
         """
-        flow_HW2 = self.flow(index)
+        to = index + 1 if to is None else to
+        flow_HW2 = self.flow(index, to)
         y_HW, x_HW = np.mgrid[: self.size, : self.size] + np.moveaxis(flow_HW2[..., ::-1], -1, 0)
         last = self.size - 1
         outside_HW = (x_HW < 0) | (x_HW > last) | (y_HW < 0) | (y_HW > last)
         to_x, to_y = (np.rint(np.clip(to, 0, last)).astype(int) for to in (x_HW, y_HW))
         # Ground and post move by whole pixels, so that the nearest pixel is exact for both; the
         # object is compared with the post alone, whose edges are whole pixels too.
-        covering_HW = self.layers(index + 1)[to_y, to_x]
+        covering_HW = self.layers(to)[to_y, to_x]
         return np.asarray(outside_HW | (covering_HW > self.layers(index)))
 
     def _post_columns(self, index: int) -> slice:
