@@ -10,7 +10,7 @@ Shape suffixes: T steps, F frames, K keyframes, L tokens, C channels, h w latent
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -262,13 +262,12 @@ class TokenFlow:
 
     mode: Mode = DEFAULT
     keyframes: Callable[[Moment], Sequence[int]] | None = None
-    _field: Callable[[Moment], list[Tensor]] = field(default=correspondences)
 
     def __call__(self, denoiser: Denoiser, hooks: Hooks, now: Moment, x: Tensor) -> Tensor:
         """See `Method`."""
         if self.keyframes is not None:
-            now = Moment(**{**vars(now), "keyframes": self.keyframes(now)})
-        index = self._field(now) if self.mode.stored_source else []
+            now = replace(now, keyframes=self.keyframes(now))
+        index = correspondences(now) if self.mode.stored_source else []
         settings = EditSettings(
             guidance_scale=now.thresholds.guidance_scale,
             injection=now.injection,
@@ -315,7 +314,7 @@ def edit(
     hooks: Hooks,
     prepared: Prepared,
     prompt: str,
-    methods: Sequence[str],
+    methods: Mapping[str, Method],
     thresholds: Thresholds,
     on_step: Callable[[int], None] = lambda _: None,
 ) -> dict[str, NDArray[np.uint8]]:
@@ -326,7 +325,7 @@ def edit(
         hooks: the seams.
         prepared: the clip.
         prompt: of the edit.
-        methods: names out of `METHODS`.
+        methods: by name.
         thresholds: of the edit.
         on_step: told 1 after each sampling step.
 
@@ -345,8 +344,8 @@ def edit(
             step, t, alpha, keyframes, source, [], source, prompts, thresholds, len(schedule)
         )
         now.tokens, now.conv = _source_pass(denoiser, hooks, now, prompts.source.unsqueeze(0))
-        for name in methods:
-            noise = METHODS[name](denoiser, hooks, now, x[name])
+        for name, method in methods.items():
+            noise = method(denoiser, hooks, now, x[name])
             x[name] = move(x[name], noise, alpha, schedule.alpha_after(step))
         on_step(1)
     return {name: decode(model, latents) for name, latents in x.items()}

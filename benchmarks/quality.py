@@ -31,8 +31,9 @@ from typing import Any, Final
 
 import numpy as np
 from classifier import Classifier, agreement, load, read
-from methods import METHODS, Prepared, Thresholds, decode, edit, prepare
+from methods import METHODS, Method, Prepared, Thresholds, decode, edit, prepare
 from numpy.typing import NDArray
+from options import OPTIONS
 from rich.console import Console
 from rich.table import Table
 from truth import background_psnr, gradient_energy, in_place, warp_errors
@@ -70,6 +71,7 @@ STUDIED: Final = Domain(
 """What the first weights knew, for comparing weights on equal terms."""
 
 DOMAINS: Final = {"shipped": SHIPPED, "full": FULL, "studied": STUDIED}
+ALL: Final = {**METHODS, **OPTIONS}
 REFERENCES: Final = ("reconstruction", "perfect")
 
 
@@ -135,7 +137,7 @@ def _judged(kind: str) -> str:
 def run_scene(
     model: Model,
     scene: Scene,
-    methods: Sequence[str],
+    methods: Mapping[str, Method],
     thresholds: Thresholds,
     classifier: Classifier,
 ) -> tuple[dict[str, Row], dict[str, Frames]]:
@@ -233,7 +235,7 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=8)
     parser.add_argument("--frames", type=int, default=24)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--methods", default=",".join(METHODS), help="of " + ", ".join(METHODS))
+    parser.add_argument("--methods", default=",".join(ALL), help="of " + ", ".join(ALL))
     parser.add_argument("--kinds", default=",".join(KINDS), help="of " + ", ".join(KINDS))
     parser.add_argument("--domain", choices=tuple(DOMAINS), default="shipped")
     parser.add_argument("--model", default="demo", help="'demo' or a pipeline's folder")
@@ -244,7 +246,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result here")
     parser.add_argument("--sheets", type=Path, metavar="FOLDER", help="write contact sheets here")
     args = parser.parse_args()
-    methods, began = args.methods.split(","), time.monotonic()
+    methods = {name: ALL[name] for name in args.methods.split(",")}
+    began = time.monotonic()
     thresholds = Thresholds(args.guidance_scale, args.attn_t, args.f_t)
     model = load_model(
         locate(args.model), resolve(Runtime(device="cpu", dtype="fp32", threads=args.threads))
@@ -263,7 +266,7 @@ def main() -> None:
             args.sheets.mkdir(parents=True, exist_ok=True)
             write_sheet(args.sheets / f"{scene.seed}_{scene.kind}.png", scene, videos)
     table = means(scenes, [*methods, *REFERENCES])
-    compared = ratios(scenes, methods)
+    compared = ratios(scenes, list(methods))
     report = {
         "date": datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
         "command": {k: str(v) for k, v in vars(args).items() if k not in ("json", "sheets")},

@@ -1,0 +1,121 @@
+"""The quality benchmark: its measures know the truth, its methods are what they say."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tokenflow_batch.demo.scenes import Clip, recoloured
+from tokenflow_batch.model_files import locate
+from tokenflow_batch.models import load
+from tokenflow_batch.tokenflow.attention import tokenflow_hooks
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import methods
+import options
+import truth
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model, compute):
+    return load(locate(str(tiny_model)), compute)
+
+
+def edited(model, clip, chosen, **thresholds):
+    prepared = methods.prepare(model, clip, steps=2)
+    settings = methods.Thresholds(segment_length=3, **thresholds)
+    with tokenflow_hooks(model.unet) as hooks:
+        return methods.edit(model, hooks, prepared, "a red ball", chosen, settings)
+
+
+@pytest.mark.parametrize("frames", [1, 3, 7])
+def test_the_default_rebuilt_from_parts_is_the_default(model, frames):
+    clip = Clip.random(2, frames, 32)
+    found = edited(model, clip, {"default": methods.TokenFlow(), "parts": options.PLAIN})
+    gap = np.abs(found["default"].astype(int) - found["parts"])
+    assert gap.max() <= 1
+    assert found["default"].std() > 1
+
+
+def test_every_option_changes_something_and_keeps_every_frame(model):
+    clip = Clip.random(2, 7, 32)
+    chosen = {"default": methods.TokenFlow(), **options.OPTIONS}
+    found = edited(model, clip, chosen, attn_t=0.5)
+    for name, frames in found.items():
+        assert frames.shape == found["default"].shape, name
+    same = [name for name, x in found.items() if np.array_equal(x, found["default"])]
+    assert same == ["default"], same
+
+
+@pytest.mark.parametrize("options_", [{}, {"candidates": 3}, {"reach": 0}, {"radius": 0.3}])
+def test_weights_of_a_field_sum_to_one(options_):
+    tokens = [torch.randn(7, 16, 4, generator=torch.Generator().manual_seed(0))]
+    now = methods.Moment(
+        0,
+        1,
+        0.5,
+        [1, 4],
+        torch.zeros(7, 3, 4, 4),
+        tokens,
+        torch.zeros(1),
+        None,
+        methods.Thresholds(segment_length=3),
+        2,
+    )
+    (field,) = options.Building(**options_).fields(now)
+    torch.testing.assert_close(field.weight.sum(dim=(1, 3)), torch.ones(7, 16))
+    for keyframe in now.keyframes:
+        own = field.weight[keyframe, :, :, 0].sum(dim=0)
+        assert torch.equal(own, torch.ones(16))
+        assert torch.equal(field.index[keyframe, 0, :, 0], torch.arange(16))
+
+
+def test_exact_correspondences_have_no_endpoint_error_but_rounding():
+    clip = Clip.random(3, 12, 64)
+    flow, hidden = clip.flow(2, 8), clip.occluded(2, 8)
+    centre = flow[2::4, 2::4].reshape(-1, 2) / 4
+    own = np.arange(256)
+    exact = (own // 16 + np.rint(centre[:, 1])) * 16 + own % 16 + np.rint(centre[:, 0])
+    inside = (exact >= 0) & (exact < 256) & ~hidden[2::4, 2::4].reshape(-1)
+    index = torch.from_numpy(np.where(inside, exact, 0).astype(np.int64))
+    errors = options._endpoint(index, flow, hidden)
+    assert np.quantile(errors, 0.9) <= 0.5**0.5 + 1e-6
+    assert options._endpoint((index + 3) % 256, flow, hidden).median() > 2
+
+
+@pytest.mark.parametrize("texture", ["solid", "striped", "checkered", "dotted"])
+def test_the_perfect_edit_is_in_place_and_the_source_is_not(texture):
+    clip = recoloured(Clip.random(5, 6), color="blue", texture=texture)
+    wanted = recoloured(clip, color="red")
+    for i in range(6):
+        assert truth.in_place(wanted.frame(i), clip.mask(i), "red", texture)
+        assert not truth.in_place(clip.frame(i), clip.mask(i), "red", texture)
+        without = clip.frame(i).copy()
+        without[:] = without[0, 0]
+        assert not truth.in_place(without, clip.mask(i), "red", texture)
+
+
+def test_warp_error_of_the_truth_is_small_and_of_shuffled_frames_large():
+    clip = Clip.random(6, 8)
+    frames = list(clip.frames())
+    true = truth.warp_errors(frames, clip)
+    assert true["ground"] < 0.5  # pixels of the outline mix both
+    assert true["object"] < 2
+    shuffled = truth.warp_errors([frames[i] for i in (4, 0, 7, 2, 5, 1, 6, 3)], clip)
+    assert shuffled["all"] > 10 * true["all"]
+
+
+def test_blur_lowers_gradient_energy_and_background_psnr_ignores_the_object():
+    clip = recoloured(Clip.random(7, 1), texture="striped")
+    frame, mask = clip.frame(0), clip.mask(0)
+    blurred = frame.copy()
+    for _ in range(8):
+        blurred = (
+            (blurred.astype(int) + np.roll(blurred, 1, 0) + np.roll(blurred, 1, 1)) // 3
+        ).astype(np.uint8)
+    assert truth.gradient_energy(blurred, mask) < 0.6 * truth.gradient_energy(frame, mask)
+    painted = frame.copy()
+    painted[mask] = 0
+    assert truth.background_psnr(painted, frame, mask) == np.inf
