@@ -16,7 +16,7 @@ import copy
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -33,6 +33,7 @@ from tokenflow_batch.models import Model
 from tokenflow_batch.plan import UNetCall, rows, unet_calls
 from tokenflow_batch.runner import Runner
 from tokenflow_batch.stages.base import Advance
+from tokenflow_batch.stages.clip import read_clip
 from tokenflow_batch.tokenflow.attention import Hooks, tokenflow_hooks
 from tokenflow_batch.tokenflow.keyframes import Neighbours
 from tokenflow_batch.tokenflow.passes import KeyframePass, PropagationPass
@@ -115,11 +116,11 @@ class MetaUNet:
         return noise
 
 
-def planned(settings: Settings, frames: int, meta: MetaUNet) -> Counts:
+def planned(settings: Settings, frames: int, meta: MetaUNet, cuts: Sequence[int] = ()) -> Counts:
     """Rows and FLOPs per stage from the plan."""
     weights: dict[UNetCall, int] = {}
     found: Counts = {}
-    for stage, calls in unet_calls(settings, frames).items():
+    for stage, calls in unet_calls(settings, frames, cuts).items():
         flops = 0
         for call, count in calls.items():
             # Frames of a batch don't see each other, save keyframes: weigh one of them.
@@ -162,8 +163,8 @@ def counting(unet: nn.Module) -> Iterator[Callable[[], int]]:
             handle.remove()
 
 
-def measured(manifest: Path) -> Iterator[tuple[Job, VideoFacts, Model, Counts]]:
-    """Run every job's UNet stages from nothing and count."""
+def measured(manifest: Path) -> Iterator[tuple[Job, VideoFacts, Model, Counts, Sequence[int]]]:
+    """Run every job's UNet stages from nothing and count; last come the clip's shot cuts."""
     for index, job in enumerate(load(manifest).jobs):
         with tempfile.TemporaryDirectory() as scratch:
             batch = load(manifest, output=Path(scratch))
@@ -177,8 +178,14 @@ def measured(manifest: Path) -> Iterator[tuple[Job, VideoFacts, Model, Counts]]:
                 with counting(runner.model.unet) as flops:
                     _check(runner.run((stage,)))
                 folder = runner.context(batch.jobs[0]).folder(stage)
-                found[stage] = {"rows": int(folder.totals().get("rows", 0)), "flops": flops()}
-            yield job, probe(job.video), runner.model, found
+                totals = folder.totals()
+                found[stage] = {
+                    "rows": int(totals.get("rows", 0)),
+                    "flops": flops(),
+                    "retried_rows": int(totals.get("retried_rows", 0)),
+                }
+            cuts = read_clip(runner.context(batch.jobs[0])).cuts
+            yield job, probe(job.video), runner.model, found, cuts
 
 
 def _check(results: Any) -> None:
@@ -190,14 +197,18 @@ def _check(results: Any) -> None:
 def compare(manifest: Path) -> list[dict[str, Any]]:
     """Plan and run of every job of a manifest."""
     report = []
-    for job, facts, model, run in measured(manifest):
+    for job, facts, model, run, cuts in measured(manifest):
         s = job.settings
         geometry = plan_geometry(
             (facts.width, facts.height), s.resolution, Fit(s.fit), model.multiple
         )
         frame_shape = model.frame_shape(geometry.working)
         meta = MetaUNet(model.unet, frame_shape, tuple(model.embed(s.prompt).shape))
-        plan = planned(s, facts.frames, meta)
+        plan = planned(s, facts.frames, meta, cuts)
+        one = meta.flops(UNetCall("plain", 1))
+        for counts in run.values():
+            # Frames whose inversion swings are retried: no plan can know them.
+            counts["flops"] -= counts.pop("retried_rows") * one
         equal = all(plan[stage] == run[stage] for stage in STAGES)
         stages = {stage: _stage(plan[stage], run[stage], facts.frames) for stage in STAGES}
         report.append({"job": job.name, "frames": facts.frames, "equal": equal, "stages": stages})

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from bisect import bisect_right
 from itertools import pairwise
 
 import pytest
@@ -209,3 +210,44 @@ def test_windows_cover_every_chunk(frames, length, chunk_frames):
         over = covering(windows, chunk)
         assert {f for w in over for f in range(w.start, w.stop)} >= set(chunk.frames)
         assert all(w.start < chunk.stop and w.stop > chunk.start for w in over)
+
+
+cut_clips = st.integers(1, 90).flatmap(
+    lambda frames: st.tuples(
+        st.just(frames),
+        st.sets(st.integers(1, max(1, frames - 1)), max_size=4).map(sorted)
+        if frames > 1
+        else st.just([]),
+    )
+)
+
+
+@given(cut_clips, st.integers(1, 12), st.integers(0, 50))
+def test_nothing_reaches_across_a_cut(clip, length, step):
+    frames, cuts = clip
+    segs = segments(frames, length, cuts)
+    assert [f for s in segs for f in range(s.start, s.stop)] == list(range(frames))
+    assert set(cuts) <= {s.start for s in segs}
+    assert max(map(len, segs)) <= length
+    drawn = draw_keyframes(0, step, segs)
+    for frame in range(frames):
+        near = true_neighbours(frame, drawn, length, cuts)
+        for k in (near.first, near.second):
+            assert bisect_right(cuts, drawn[k]) == bisect_right(cuts, frame)
+        assert 0 <= near.weight <= 1
+        shot = [k for k in drawn if bisect_right(cuts, k) == bisect_right(cuts, frame)]
+        before = [k for k in shot if k <= frame]
+        after = [k for k in shot if k >= frame]
+        wanted = {(before or after)[-1 if before else 0], (after or before)[0 if after else -1]}
+        assert {drawn[near.first], drawn[near.second]} == wanted
+
+
+def test_without_cuts_nothing_changes():
+    assert segments(21, 8, ()) == segments(21, 8)
+    assert true_neighbours(9, [3, 12, 17], 8, ()) == true_neighbours(9, [3, 12, 17], 8)
+
+
+@pytest.mark.parametrize("cuts", [[0], [5, 5], [7, 3], [10], [-1]])
+def test_cuts_outside_the_clip_or_out_of_order_are_refused(cuts):
+    with pytest.raises(ValueError, match="cuts"):
+        segments(10, 4, cuts)

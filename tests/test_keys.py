@@ -38,10 +38,10 @@ def changed(**options):
 LITERAL = {
     "encode": "14d8957d401e6ff459c2c9eb",
     "invert": "eeedeb46a41eb3fd457c53bb",
-    "match": "f3e9170927aae7cdc1805bc9",
-    "edit": "be41a425284cb11feb627939",
-    "render": "d2f2d9ea0c97ea3baf6e28ad",
-    "report": "70b63fd103e2c8fdfad90a10",
+    "match": "6deb0b68148ffe75635007fb",
+    "edit": "b3f7b05790adf7687a3062c1",
+    "render": "b7806fc4b8b92274ebc3bf93",
+    "report": "c86579823e069b074e0383f8",
 }
 
 
@@ -74,6 +74,7 @@ EFFECTS = [
     ({"unet_batch": 4}, FROM["invert"]),
     ({"keyframe_seed": 1}, FROM["match"]),
     ({"segment_length": 4}, FROM["match"]),
+    ({"cuts": (9,)}, FROM["match"]),
     ({"prompt": "a fox"}, FROM["edit"]),
     ({"negative_prompt": "blurry"}, FROM["edit"]),
     ({"guidance_scale": 7.0}, FROM["edit"]),

@@ -61,6 +61,9 @@ class Settings(Frozen):
         1, ge=0, le=100, description="extra fixed-point iterations per step; 0 is plain inversion"
     )
     mode: Literal["default", "official"] = "default"
+    cuts: Literal["auto", "none"] | tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        "auto", description="first frames of new shots; `auto` finds them, none is crossed"
+    )
     segment_length: int = Field(8, ge=1, le=4096, description="B, frames per keyframe")
     chunk_frames: int = Field(64, ge=1, le=65536, description="frames per unit of work and shard")
     unet_batch: int = Field(8, ge=1, le=4096, description="frames per UNet call outside the edit")

@@ -32,7 +32,7 @@ _INVERT = (
     "mode",
     "unet_batch",
 )
-_MATCH = ("keyframe_seed", "segment_length")
+_MATCH = ("keyframe_seed", "segment_length", "cuts")
 _EDIT = ("prompt", "negative_prompt", "guidance_scale", "technique", "sampler")
 _PNP = ("attn_t", "f_t", "conv_site")
 _SDEDIT = ("strength",)

@@ -58,13 +58,19 @@ def injection_of(settings: Settings) -> Injection:
     return Injection.pnp(settings.steps, settings.attn_t, settings.f_t)
 
 
-def unet_calls(settings: Settings, frames: int) -> dict[StageName, Calls]:
-    """Every UNet call of the stages that make any, for a clip of `frames` frames."""
+def unet_calls(settings: Settings, frames: int, cuts: Sequence[int] = ()) -> dict[StageName, Calls]:
+    """Every UNet call of the stages that make any, but for retries.
+
+    Args:
+        settings: of the job.
+        frames: F.
+        cuts: first frames of all shots but the first; known once the clip is encoded.
+    """
     mode = MODES[settings.mode]
     return {
         "invert": _invert(settings, frames),
-        "match": _match(settings, frames) if mode.stored_source else Counter(),
-        "edit": _edit(settings, frames, mode),
+        "match": _match(settings, frames, cuts) if mode.stored_source else Counter(),
+        "edit": _edit(settings, frames, mode, cuts),
     }
 
 
@@ -84,29 +90,29 @@ def _invert(s: Settings, frames: int) -> Counter[UNetCall]:
     return total
 
 
-def _match(s: Settings, frames: int) -> Counter[UNetCall]:
-    segs, total = segments(frames, s.segment_length), Counter[UNetCall]()
+def _match(s: Settings, frames: int, cuts: Sequence[int]) -> Counter[UNetCall]:
+    segs, total = segments(frames, s.segment_length, cuts), Counter[UNetCall]()
     for step in range(s.steps):
         drawn = draw_keyframes(s.keyframe_seed, step, segs)
         for chunk in chunks(frames, s.chunk_frames):
-            near = [true_neighbours(f, drawn, s.segment_length) for f in chunk.frames]
+            near = [true_neighbours(f, drawn, s.segment_length, cuts) for f in chunk.frames]
             keyframes = {drawn[k] for n in near for k in (n.first, n.second)}
             total += _plain(sorted(keyframes), s.unet_batch)
             total += _plain([f for f in chunk.frames if f not in keyframes], s.unet_batch)
     return total
 
 
-def _edit(s: Settings, frames: int, mode: Mode) -> Counter[UNetCall]:
+def _edit(s: Settings, frames: int, mode: Mode, cuts: Sequence[int]) -> Counter[UNetCall]:
     injection, total = injection_of(s), Counter[UNetCall]()
     for step in range(s.first_step, s.steps):
-        drawn = draw_keyframes(s.keyframe_seed, step, segments(frames, s.segment_length))
+        drawn = draw_keyframes(s.keyframe_seed, step, segments(frames, s.segment_length, cuts))
         conv, qk = step < injection.conv_steps, step < injection.qk_steps
         joint = branch_count(mode, injection, step, keyframe_pass=True)
         spread = branch_count(mode, injection, step, keyframe_pass=False)
-        for window in plan_windows(frames, s.segment_length):
+        for window in plan_windows(frames, s.segment_length, cuts):
             total[UNetCall("keyframes", len(window.segments), joint, conv, qk)] += 1
             for batch in batches(range(window.start, window.stop), s.segment_length):
-                near = [mode.neighbours(f, drawn, s.segment_length) for f in batch]
+                near = [mode.neighbours(f, drawn, s.segment_length, cuts) for f in batch]
                 keyframes = {k for n in near for k in (n.first, n.second)}
                 searched = 0 if mode.stored_source else len(keyframes)
                 total[UNetCall("propagation", len(batch), spread, conv, searched=searched)] += 1

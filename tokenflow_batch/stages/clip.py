@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tokenflow_batch.errors import VideoError
 from tokenflow_batch.geometry import Fit, Geometry, plan_geometry
 from tokenflow_batch.ledger import StageFolder
 from tokenflow_batch.stages.base import StageContext
@@ -22,6 +23,7 @@ from tokenflow_batch.video import VideoFacts
 
 PROBE = "probe"
 FACTS_FILE, PTS_FILE = "facts.json", "pts.npy"
+CUTS, CUTS_FILE = "cuts", "cuts.json"
 
 
 @dataclass(frozen=True)
@@ -33,12 +35,14 @@ class Clip:
         geometry: from source to working size.
         chunk_frames: frames per chunk.
         segment_length: frames per keyframe.
+        cuts: first frames of all shots but the first.
     """
 
     facts: VideoFacts
     geometry: Geometry
     chunk_frames: int
     segment_length: int
+    cuts: tuple[int, ...] = ()
 
     @property
     def frames(self) -> int:
@@ -53,7 +57,7 @@ class Clip:
     @cached_property
     def segments(self) -> list[Segment]:
         """Keyframe segments."""
-        return segments(self.frames, self.segment_length)
+        return segments(self.frames, self.segment_length, self.cuts)
 
 
 def read_clip(context: StageContext) -> Clip:
@@ -71,7 +75,32 @@ def read_clip(context: StageContext) -> Clip:
     geometry = plan_geometry(
         (facts.width, facts.height), s.resolution, Fit(s.fit), int(record.facts["multiple"])
     )
-    return Clip(facts, geometry, s.chunk_frames, s.segment_length)
+    return Clip(facts, geometry, s.chunk_frames, s.segment_length, _cuts(context, facts.frames))
+
+
+def _cuts(context: StageContext, frames: int) -> tuple[int, ...]:
+    """As found or as given; none in official mode, which knows no shots.
+
+    Raises:
+        DamagedUnit: what was found is not what was committed.
+        VideoError: a given cut is not inside the clip.
+    """
+    s, folder = context.settings, context.folder("encode")
+    if s.mode == "official" or s.cuts == "none":
+        return ()
+    if s.cuts != "auto":
+        outside = [cut for cut in s.cuts if not 0 < cut < frames]
+        if outside:
+            raise VideoError(
+                f"{context.job.video}: cut at frame {outside[0]} of {frames} frames",
+                hint=f"`cuts` names the first frames of new shots ({context.job.where})",
+            )
+        return s.cuts
+    if not folder.committed(CUTS):
+        return ()  # not yet looked for, and nothing before that needs them
+    folder.check(CUTS)
+    found: list[int] = json.loads((folder.folder / CUTS_FILE).read_text("utf-8"))
+    return tuple(found)
 
 
 class CleanLatents:

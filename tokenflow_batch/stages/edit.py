@@ -46,7 +46,10 @@ class Edit(Stage):
         schedule = model.schedule(s.steps)
         inversion = model.schedule(s.inversion_steps)
         source = InvertedLatents(context.folder("invert"), schedule, inversion)
-        windows, sampler = plan_windows(clip.frames, s.segment_length), SAMPLERS[s.sampler]
+        windows, sampler = (
+            plan_windows(clip.frames, s.segment_length, clip.cuts),
+            SAMPLERS[s.sampler],
+        )
         frame_shape = model.frame_shape(clip.geometry.working)
         store = ArrayStore.create(folder, _specs(clip, windows, s, sampler, frame_shape))
         prompts = Prompts(*(model.embed(p) for p in (s.source_prompt, s.negative_prompt, s.prompt)))
@@ -69,7 +72,14 @@ class Edit(Stage):
                 frame_shape[1:],
             )
             work = _Editing(
-                clip, store, inputs, denoiser, hooks, prompts, _edit_settings(context), schedule
+                clip,
+                store,
+                inputs,
+                denoiser,
+                hooks,
+                prompts,
+                _edit_settings(context, clip),
+                schedule,
             )
             for step in range(first, s.steps):
                 work.step(step, windows, s, sampler, advance)
@@ -99,7 +109,7 @@ def _state_names(sampler: Sampler) -> list[str]:
     return ["latents", *(f"history_{k}" for k in range(sampler.history))]
 
 
-def _edit_settings(context: StageContext) -> EditSettings:
+def _edit_settings(context: StageContext, clip: Clip) -> EditSettings:
     s = context.settings
     return EditSettings(
         guidance_scale=s.guidance_scale,
@@ -108,6 +118,7 @@ def _edit_settings(context: StageContext) -> EditSettings:
         batch=s.segment_length,
         mode=MODES[s.mode],
         matching=context.compute.matching,
+        cuts=clip.cuts,
     )
 
 

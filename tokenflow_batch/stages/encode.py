@@ -14,10 +14,18 @@ from tokenflow_batch.files import replacing
 from tokenflow_batch.geometry import Fit, plan_geometry
 from tokenflow_batch.ledger import StageFolder
 from tokenflow_batch.stages.base import Stage, StageContext
-from tokenflow_batch.stages.clip import FACTS_FILE, PROBE, PTS_FILE, Clip, read_clip
+from tokenflow_batch.stages.clip import (
+    CUTS,
+    CUTS_FILE,
+    FACTS_FILE,
+    PROBE,
+    PTS_FILE,
+    Clip,
+    read_clip,
+)
 from tokenflow_batch.store import ArraySpec, ArrayStore, unit_name
 from tokenflow_batch.tokenflow.windows import Chunk
-from tokenflow_batch.video import probe, read_frames
+from tokenflow_batch.video import find_cuts, probe, read_frames
 
 
 class Encode(Stage):
@@ -31,6 +39,8 @@ class Encode(Stage):
         if not folder.available(PROBE):
             _probe(context, folder)
         clip = read_clip(context)
+        if not folder.available(CUTS):
+            _find_cuts(context, folder, clip)
         model, s = context.model(), context.settings
         for prompt in (s.source_prompt, s.negative_prompt, s.prompt):
             model.check_prompt(prompt)  # now, rather than after hours of inversion
@@ -75,6 +85,20 @@ def _probe(context: StageContext, folder: StageFolder) -> None:
         np.save(file, facts.pts, allow_pickle=False)
     files = [folder.folder / FACTS_FILE, folder.folder / PTS_FILE]
     folder.commit(PROBE, files, {"multiple": multiple})
+
+
+def _find_cuts(context: StageContext, folder: StageFolder, clip: Clip) -> None:
+    with context.progress("shots", clip.frames) as advance:
+
+        def told() -> Iterator[NDArray[np.uint8]]:
+            for frame in read_frames(context.job.video, clip.facts):
+                yield frame
+                advance(1)
+
+        cuts = find_cuts(told(), clip.facts.rate)
+    with replacing(folder.folder / CUTS_FILE) as path:
+        path.write_text(json.dumps(cuts), "utf-8")
+    folder.commit(CUTS, [folder.folder / CUTS_FILE], {"cuts": len(cuts)})
 
 
 def _wanted(

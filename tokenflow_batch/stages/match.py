@@ -137,7 +137,10 @@ class _Matching:
         the other frames, a batch at a time, so that tokens are held for keyframes alone.
         """
         drawn = draw_keyframes(self.settings.keyframe_seed, step, self.clip.segments)
-        near = {f: true_neighbours(f, drawn, self.clip.segment_length) for f in chunk.frames}
+        near = {
+            f: true_neighbours(f, drawn, self.clip.segment_length, self.clip.cuts)
+            for f in chunk.frames
+        }
         used = sorted({k for n in near.values() for k in (n.first, n.second)})
         near = {f: _relative(n, used) for f, n in near.items()}
         keyframes = [drawn[k] for k in used]

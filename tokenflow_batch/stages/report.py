@@ -116,6 +116,7 @@ def _metrics(context: StageContext, clip: Clip, consistency: Consistency) -> dic
     retried = int(totals["invert"].get("retried_rows", 0))  # unplanned: frames that swing
     return {
         "frames": clip.frames,
+        "shot_cuts": list(clip.cuts),
         "fps": float(facts.rate),
         "duration_seconds": float(facts.duration),
         "working_size": list(clip.geometry.working),

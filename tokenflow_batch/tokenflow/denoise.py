@@ -97,6 +97,7 @@ class EditSettings:
         batch: ordinary frames per UNet call.
         mode: default or published.
         matching: correspondence backend, where they are found on the way.
+        cuts: first frames of all shots but the first; no frame looks across one.
     """
 
     guidance_scale: float
@@ -105,6 +106,7 @@ class EditSettings:
     batch: int
     mode: Mode = DEFAULT
     matching: Backend = "torch"
+    cuts: tuple[int, ...] = ()
 
 
 def predict_window(
@@ -182,7 +184,7 @@ def _propagation_pass(
     rule = settings.mode.neighbours
     return PropagationPass(
         joint,
-        [rule(frame, keyframes, settings.segment_length) for frame in batch],
+        [rule(frame, keyframes, settings.segment_length, settings.cuts) for frame in batch],
         branches=branch_count(settings.mode, settings.injection, step, keyframe_pass=False),
         inject_conv=conv_on,
         stored_conv_NChw=inputs.conv(batch) if stored and conv_on else None,

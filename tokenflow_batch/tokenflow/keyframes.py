@@ -11,6 +11,7 @@ import struct
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 
 @dataclass(frozen=True)
@@ -25,16 +26,29 @@ class Segment:
         return self.stop - self.start
 
 
-def segments(frames: int, length: int) -> list[Segment]:
-    """Cut `frames` into segments of `length`; the last one may be shorter, no frame is dropped.
+def segments(frames: int, length: int, cuts: Sequence[int] = ()) -> list[Segment]:
+    """Cut `frames` into segments of `length`; no frame is dropped.
+
+    Args:
+        frames: F.
+        length: B.
+        cuts: first frames of all shots but the first, ascending. A segment lies within one shot;
+            the last one of each may be shorter.
 
     Raises:
-        ValueError: `frames` or `length` is below 1.
+        ValueError: `frames` or `length` is below 1, or a cut is not inside the clip.
     """
     if frames < 1 or length < 1:
         raise ValueError(f"segments need frames ≥ 1 and length ≥ 1, got {frames} and {length}")
-    starts = range(0, frames, length)
-    return [Segment(b, s, min(s + length, frames)) for b, s in enumerate(starts)]
+    borders = [0, *cuts, frames]
+    if any(a >= b for a, b in pairwise(borders)):
+        raise ValueError(f"cuts {list(cuts)} must ascend between 1 and {frames - 1}")
+    starts = [
+        (s, min(s + length, stop))
+        for start, stop in pairwise(borders)
+        for s in range(start, stop, length)
+    ]
+    return [Segment(b, start, stop) for b, (start, stop) in enumerate(starts)]
 
 
 def draw_keyframe(seed: int, step: int, segment: Segment) -> int:
@@ -67,20 +81,29 @@ class Neighbours:
     itself: bool = False
 
 
-NeighbourRule = Callable[[int, Sequence[int], int], Neighbours]
-"""(frame, keyframes, segment length) → Neighbours."""
+NeighbourRule = Callable[[int, Sequence[int], int, Sequence[int]], Neighbours]
+"""(frame, keyframes, segment length, cuts) → Neighbours."""
 
 
-def true_neighbours(frame: int, keyframes: Sequence[int], length: int) -> Neighbours:  # noqa: ARG001
+def true_neighbours(
+    frame: int,
+    keyframes: Sequence[int],
+    length: int,  # noqa: ARG001
+    cuts: Sequence[int] = (),
+) -> Neighbours:
     """The nearest keyframes on both sides, k⁻ ≤ i ≤ k⁺, weighted by the true distances.
 
     Weights are linear, so that a keyframe takes itself alone and the hand-over is continuous.
-    Before the first and after the last keyframe there is one neighbour, with weight 1.
+    Before the first and after the last keyframe of its shot a frame has one neighbour, with
+    weight 1.
     """
     after = bisect_left(keyframes, frame)
     before = bisect_right(keyframes, frame) - 1
-    if before < 0 or after == len(keyframes):
-        only = max(before, 0)
+    shot = bisect_right(cuts, frame)
+    has_after = after < len(keyframes) and bisect_right(cuts, keyframes[after]) == shot
+    has_before = before >= 0 and bisect_right(cuts, keyframes[before]) == shot
+    if not (has_before and has_after):
+        only = before if has_before else after
         return Neighbours(only, only, 1.0)
     if before == after:
         return Neighbours(before, before, 1.0, itself=True)
@@ -88,7 +111,12 @@ def true_neighbours(frame: int, keyframes: Sequence[int], length: int) -> Neighb
     return Neighbours(before, after, (keyframes[after] - frame) / gap)
 
 
-def published_neighbours(frame: int, keyframes: Sequence[int], length: int) -> Neighbours:
+def published_neighbours(
+    frame: int,
+    keyframes: Sequence[int],
+    length: int,
+    cuts: Sequence[int] = (),  # noqa: ARG001 - it knows nothing of shots
+) -> Neighbours:
     """What the published code does: the own segment's and the previous one's keyframe.
 
     Weights come from distances to the segments' centres, through a sigmoid, so they stay

@@ -61,9 +61,9 @@ class Window:
         return self.stop - self.start
 
 
-def plan_windows(frames: int, segment_length: int) -> list[Window]:
+def plan_windows(frames: int, segment_length: int, cuts: Sequence[int] = ()) -> list[Window]:
     """The clip's windows, in order: for now one over the whole clip, as published."""
-    return [Window(0, tuple(segments(frames, segment_length)))]
+    return [Window(0, tuple(segments(frames, segment_length, cuts)))]
 
 
 def covering(windows: Sequence[Window], chunk: Chunk) -> list[Window]:
