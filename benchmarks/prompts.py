@@ -53,8 +53,9 @@ def draw_scenes(seed: int, single: int, pairs: int, *, shipped: bool) -> list[Sc
 
 def sampled(model: str, prompts: Sequence[str], seed: int, size: int) -> Iterator[Images]:
     """Draw pictures, RGB uint8, a few prompts at a time; picture i depends on (seed, i) alone."""
+    files = locate(model)
     pipeline = StableDiffusionPipeline.from_pretrained(
-        locate(model), variant="fp16", safety_checker=None, dtype=torch.float32
+        files.path, variant=files.variant, safety_checker=None, dtype=torch.float32
     )
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)

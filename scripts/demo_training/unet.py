@@ -26,8 +26,8 @@ TEXT_WIDTH: Final = 96
 EMPTY_CAPTIONS: Final = 0.1
 """Share of samples trained without their caption, for classifier-free guidance."""
 
-SNR_CAP: Final = 5.0
-"""Of the min-SNR loss weights (Hang et al. 2023)."""
+WEIGHT_CAP: Final = 6.0
+"""Largest loss weight, at the noisiest timesteps."""
 
 
 def loop_config(
@@ -119,10 +119,16 @@ def stratified_timesteps(rng: np.random.Generator, count: int, steps: int = 1000
     return torch.from_numpy(drawn).long().clamp(0, steps - 1)
 
 
-def min_snr_weights(alphas_cumprod: Tensor) -> Tensor:
-    """Loss weight per timestep for noise prediction, min(SNR, 5) / SNR, shape as given."""
+def loss_weights(alphas_cumprod: Tensor) -> Tensor:
+    """Loss weight per timestep for noise prediction, 1 / √SNR up to a cap, with mean 1.
+
+    Plain noise prediction, and min-SNR weights too, spend most of the gradient on texture that
+    can't be predicted; shapes are decided at high noise, where errors of ε are small numbers
+    (Yu et al. 2023, on the bias of the usual loss).
+    """
     snr = alphas_cumprod / (1 - alphas_cumprod)
-    return snr.clamp(max=SNR_CAP) / snr
+    weights = (1 / snr.sqrt()).clamp(max=WEIGHT_CAP)
+    return weights / weights.mean()
 
 
 @dataclass
@@ -151,7 +157,7 @@ class Denoising:
 
     def __post_init__(self) -> None:
         self.latents_NChw = self.cache.array()
-        self.weights = min_snr_weights(self.alphas_cumprod)
+        self.weights = loss_weights(self.alphas_cumprod)
 
     def __call__(self, step: int) -> dict[str, Tensor]:
         """Weighted loss and plain mean squared error, scalars."""
@@ -227,6 +233,7 @@ def train(
     torch.manual_seed(seed)
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
     unet, text_encoder = _models(tokenizer, cache.array().shape[-1], init)
+    unet.to(memory_format=torch.channels_last)  # a tenth faster on a CPU
     for model in (unet, text_encoder):
         model.to(state.device).train()
     scheduler = build_scheduler()
