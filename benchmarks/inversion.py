@@ -17,54 +17,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from methods import invert, sample
 
 from tokenflow_batch.config import Runtime
 from tokenflow_batch.demo.scenes import Clip
 from tokenflow_batch.metrics import psnr
 from tokenflow_batch.model_files import locate
 from tokenflow_batch.models import Model, load, resolve
-from tokenflow_batch.tokenflow.ddim import (
-    Schedule,
-    implied_noise,
-    invert_fixed_point,
-    invert_plain,
-    move,
-)
 from tokenflow_batch.tokenflow.denoise import Denoiser
 
 CONFIGURATIONS = ((25, 0, False), (25, 1, False), (25, 1, True), (25, 2, True), (10, 2, True))
 """(steps, extra iterations, warm start)"""
-
-
-def invert(
-    denoiser: Denoiser, clean: Tensor, embeds: Tensor, schedule: Schedule, extra: int, *, warm: bool
-) -> Tensor:
-    """Noisiest inverted latents, (N, C, h, w)."""
-    before, x, before_alpha, alpha = clean, clean, schedule.final_alpha, schedule.final_alpha
-    for i, (t, alpha_t) in enumerate(
-        zip(schedule.timesteps[::-1], schedule.alphas[::-1], strict=True)
-    ):
-
-        def noise(x_NChw: Tensor, at: int, level: float = alpha_t) -> Tensor:
-            return denoiser.noise(x_NChw, at, level, embeds)
-
-        if extra == 0:
-            found = invert_plain(noise, x, t, alpha, alpha_t)
-        else:
-            start = implied_noise(before, x, before_alpha, alpha) if warm and i > 0 else None
-            found = invert_fixed_point(
-                noise, x, t, alpha, alpha_t, extra=extra, warm_noise_FChw=start
-            )
-        before, x, before_alpha, alpha = x, found.x, alpha, alpha_t
-    return x
-
-
-def sample(denoiser: Denoiser, x: Tensor, embeds: Tensor, schedule: Schedule) -> Tensor:
-    """Back to clean latents by DDIM."""
-    for step, (t, alpha) in enumerate(zip(schedule.timesteps, schedule.alphas, strict=True)):
-        x = move(x, denoiser.noise(x, t, alpha, embeds), alpha, schedule.alpha_after(step))
-    return x
 
 
 def measure(model: Model, images: int) -> list[dict[str, Any]]:
@@ -77,7 +40,7 @@ def measure(model: Model, images: int) -> list[dict[str, Any]]:
     for steps, extra, warm in CONFIGURATIONS:
         denoiser = Denoiser(model.unet, model.prediction_type)
         schedule = model.schedule(steps)
-        noisy = invert(denoiser, clean, embeds, schedule, extra, warm=warm)
+        noisy = invert(denoiser, clean, embeds, schedule, extra, warm=warm)[0]
         used = denoiser.rows / images
         back = model.decode(sample(denoiser, noisy, embeds, schedule))
         found = [psnr(a, b) for a, b in zip(back, own, strict=True)]
@@ -99,6 +62,7 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--images", type=int, default=12)
+    parser.add_argument("--model", default="demo", help="'demo' or a pipeline's folder")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result here")
     args = parser.parse_args()
@@ -106,7 +70,7 @@ def main() -> None:
     report = {
         "date": datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
         "images": args.images,
-        "rows": measure(load(locate("demo"), compute), args.images),
+        "rows": measure(load(locate(args.model), compute), args.images),
     }
     if args.json:
         args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

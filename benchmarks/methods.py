@@ -317,6 +317,7 @@ def edit(
     methods: Mapping[str, Method],
     thresholds: Thresholds,
     on_step: Callable[[int], None] = lambda _: None,
+    observe: Callable[[Moment], None] = lambda _: None,
 ) -> dict[str, NDArray[np.uint8]]:
     """Edit a clip by several methods.
 
@@ -328,6 +329,7 @@ def edit(
         methods: by name.
         thresholds: of the edit.
         on_step: told 1 after each sampling step.
+        observe: shown every step before the methods take it.
 
     Returns:
         Per method the decoded frames, (F, H, W, 3) uint8.
@@ -344,6 +346,7 @@ def edit(
             step, t, alpha, keyframes, source, [], source, prompts, thresholds, len(schedule)
         )
         now.tokens, now.conv = _source_pass(denoiser, hooks, now, prompts.source.unsqueeze(0))
+        observe(now)
         for name, method in methods.items():
             noise = method(denoiser, hooks, now, x[name])
             x[name] = move(x[name], noise, alpha, schedule.alpha_after(step))

@@ -16,6 +16,10 @@ steps, one fixed-point iteration) with the same prompts and thresholds. One row 
 - sharpness: gradient energy inside the mask, relative to per-frame PnP's.
 
 Ratios between methods are paired by scene, with 95 % bootstrap intervals over scenes.
+
+Besides: the inversion's reconstruction (PSNR against the VAE's own) over all scenes, and on some
+frames of the first one beside 500 plain steps sampled in 50; and how far the correspondences lie
+from the exact flow, in tokens, by site and step: a diagnostic, not a goal.
 """
 
 from __future__ import annotations
@@ -30,10 +34,22 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+import torch
 from classifier import Classifier, agreement, load, read
-from methods import METHODS, Method, Prepared, Thresholds, decode, edit, prepare
+from methods import (
+    METHODS,
+    Method,
+    Moment,
+    Prepared,
+    Thresholds,
+    decode,
+    edit,
+    invert,
+    prepare,
+    sample,
+)
 from numpy.typing import NDArray
-from options import OPTIONS
+from options import OPTIONS, endpoint_errors
 from rich.console import Console
 from rich.table import Table
 from truth import background_psnr, gradient_energy, in_place, warp_errors
@@ -43,11 +59,13 @@ from tokenflow_batch.console import progress_bars
 from tokenflow_batch.demo.scenes import GROUND, SHIPPED, Clip, Domain, recoloured
 from tokenflow_batch.demo.stills import FULL
 from tokenflow_batch.demo.textures import GROUNDS
+from tokenflow_batch.metrics import psnr
 from tokenflow_batch.model_files import locate
 from tokenflow_batch.models import Model, resolve
 from tokenflow_batch.models import load as load_model
 from tokenflow_batch.sheet import contact_sheet
 from tokenflow_batch.tokenflow.attention import tokenflow_hooks
+from tokenflow_batch.tokenflow.denoise import Denoiser
 
 Frames = NDArray[np.uint8]
 Row = dict[str, float]
@@ -73,6 +91,12 @@ STUDIED: Final = Domain(
 DOMAINS: Final = {"shipped": SHIPPED, "full": FULL, "studied": STUDIED}
 ALL: Final = {**METHODS, **OPTIONS}
 REFERENCES: Final = ("reconstruction", "perfect")
+PLAIN_STEPS: Final = (500, 50)
+"""Inversion and sampling steps of the published code."""
+
+_PLAIN_FRAMES: Final = 4
+_DIAGNOSED: Final = (0, 8, 16, 24)
+"""Sampling steps whose correspondences are compared with the flow."""
 
 
 @dataclass(frozen=True)
@@ -140,14 +164,20 @@ def run_scene(
     methods: Mapping[str, Method],
     thresholds: Thresholds,
     classifier: Classifier,
-) -> tuple[dict[str, Row], dict[str, Frames]]:
-    """Scores and frames of every method, and of the two references."""
+) -> tuple[dict[str, Any], dict[str, Frames]]:
+    """Scores, diagnostics, and frames of every method and of the two references."""
+    endpoint: dict[str, dict[str, float]] = {}
     with progress_bars() as progress, progress(scene.wanted.caption, 26) as advance:
         prepared: Prepared = prepare(model, scene.clip, 25)
         advance(1)
         with tokenflow_hooks(model.unet) as hooks:
+
+            def observe(now: Moment) -> None:
+                if now.step in _DIAGNOSED:
+                    endpoint[f"step {now.step}"] = endpoint_errors(now, scene.clip, hooks)
+
             videos = edit(
-                model, hooks, prepared, scene.wanted.caption, methods, thresholds, advance
+                model, hooks, prepared, scene.wanted.caption, methods, thresholds, advance, observe
             )
     reconstruction = decode(model, prepared.clean)
     videos["reconstruction"] = reconstruction
@@ -155,7 +185,41 @@ def run_scene(
     rows = {
         name: score(frames, scene, reconstruction, classifier) for name, frames in videos.items()
     }
-    return rows, {"source": prepared.frames, **videos}
+    found = reconstructed(model, prepared, reconstruction)
+    return (
+        {"rows": rows, "inversion": found, "endpoint_error": endpoint},
+        {"source": prepared.frames, **videos},
+    )
+
+
+def reconstructed(model: Model, prepared: Prepared, own: Frames) -> dict[str, float]:
+    """PSNR in dB of sampling the inverted latents back, against the VAE's reconstruction."""
+    denoiser = Denoiser(model.unet, model.prediction_type)
+    embeds = model.embed(prepared.clip.caption).unsqueeze(0)
+    parts = [sample(denoiser, x, embeds, prepared.schedule) for x in prepared.source[0].split(8)]
+    values = [psnr(a, b) for a, b in zip(decode(model, torch.cat(parts)), own, strict=True)]
+    return {"mean": float(np.mean(values)), "worst": float(np.min(values))}
+
+
+def compare_inversions(model: Model, scene: Scene) -> dict[str, Any]:
+    """Fixed point at 25 × 1 against the published code's many plain steps, on the same frames."""
+    frames = np.stack([scene.clip.frame(i) for i in range(min(_PLAIN_FRAMES, len(scene.clip)))])
+    clean = model.encode(frames)
+    own, embeds = model.decode(clean), model.embed(scene.clip.caption).unsqueeze(0)
+    denoiser = Denoiser(model.unet, model.prediction_type)
+    found: dict[str, Any] = {}
+    for name, (steps, back, extra) in {
+        "fixed point, 25 x 1": (25, 25, 1),
+        f"plain, {PLAIN_STEPS[0]} sampled in {PLAIN_STEPS[1]}": (*PLAIN_STEPS, 0),
+    }.items():
+        inversion, sampling = model.schedule(steps), model.schedule(back)
+        latents = invert(denoiser, clean, embeds, inversion, extra, warm=True)
+        start = latents[inversion.timesteps.index(sampling.timesteps[0])]
+        shown = model.decode(sample(denoiser, start, embeds, sampling))
+        values = [psnr(a, b) for a, b in zip(shown, own, strict=True)]
+        rows = steps * (1 + extra) + back
+        found[name] = {"mean": float(np.mean(values)), "rows_per_frame": rows}
+    return found
 
 
 def means(scenes: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, Row]:
@@ -201,6 +265,15 @@ def ratios(scenes: Sequence[dict[str, Any]], methods: Sequence[str]) -> dict[str
     }
 
 
+def _endpoint_means(scenes: Sequence[dict[str, Any]]) -> dict[str, Row]:
+    """Over scenes, by step and site."""
+    steps = scenes[0]["endpoint_error"]
+    return {
+        step: {site: _mean([s["endpoint_error"][step][site] for s in scenes]) for site in sites}
+        for step, sites in steps.items()
+    }
+
+
 def _plain(value: Any) -> Any:
     """JSON has no NaN and no infinity."""
     if isinstance(value, dict):
@@ -243,6 +316,12 @@ def main() -> None:
     parser.add_argument("--attn-t", type=float, default=0.8)
     parser.add_argument("--f-t", type=float, default=1.0)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--no-plain-inversion",
+        dest="plain_inversion",
+        action="store_false",
+        help="leave out the 500 plain steps on the first scene",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result here")
     parser.add_argument("--sheets", type=Path, metavar="FOLDER", help="write contact sheets here")
     args = parser.parse_args()
@@ -258,20 +337,28 @@ def main() -> None:
         scene = draw_scene(
             number, args.seed, args.frames, DOMAINS[args.domain], args.kinds.split(",")
         )
-        rows, videos = run_scene(model, scene, methods, thresholds, classifier)
+        measured, videos = run_scene(model, scene, methods, thresholds, classifier)
         facts = {"seed": scene.seed, "kind": scene.kind, "source": scene.clip.caption}
-        scenes.append({**facts, "edit": scene.wanted.caption, "rows": rows})
+        scenes.append({**facts, "edit": scene.wanted.caption, **measured})
         print(json.dumps(_plain(scenes[-1])), flush=True)
         if args.sheets:
             args.sheets.mkdir(parents=True, exist_ok=True)
             write_sheet(args.sheets / f"{scene.seed}_{scene.kind}.png", scene, videos)
     table = means(scenes, [*methods, *REFERENCES])
+    first = draw_scene(0, args.seed, args.frames, DOMAINS[args.domain], args.kinds.split(","))
+    inversion = {
+        "mean": _mean([s["inversion"]["mean"] for s in scenes]),
+        "worst_frame": min(s["inversion"]["worst"] for s in scenes),
+        "first_scene": compare_inversions(model, first) if args.plain_inversion else None,
+    }
     compared = ratios(scenes, list(methods))
     report = {
         "date": datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
         "command": {k: str(v) for k, v in vars(args).items() if k not in ("json", "sheets")},
         "minutes": round((time.monotonic() - began) / 60, 1),
         "means": table,
+        "inversion": inversion,
+        "endpoint_error": _endpoint_means(scenes),
         "by_kind": {
             kind: means([s for s in scenes if s["kind"] == kind], [*methods, *REFERENCES])
             for kind in sorted({s["kind"] for s in scenes})
@@ -282,6 +369,7 @@ def main() -> None:
     if args.json:
         args.json.write_text(json.dumps(_plain(report), indent=1) + "\n", encoding="utf-8")
     print_table(table)
+    print(json.dumps(_plain({"inversion": inversion}), indent=1))
     for name, found in compared.items():
         print(f"{name}: {found['ratio']:.3f} [{found['low']:.3f}, {found['high']:.3f}]")
 
