@@ -33,6 +33,7 @@ from tokenflow_batch.tokenflow.denoise import (
 )
 from tokenflow_batch.tokenflow.modes import PUBLISHED, Injection
 from tokenflow_batch.tokenflow.samplers import Ddim, State
+from tokenflow_batch.tokenflow.windows import WindowMoment
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,6 @@ def edit(vectors: Vectors, denoiser: Denoiser) -> Tensor:
     settings = EditSettings(
         guidance_scale=float(meta["cfgscale"]),
         injection=Injection.pnp(steps, meta["attn_t"], meta["f_t"]) if pnp else Injection(),
-        segment_length=length,
         batch=length,
         mode=PUBLISHED,
     )
@@ -134,8 +134,9 @@ def edit(vectors: Vectors, denoiser: Denoiser) -> Tensor:
                 step=step,
                 t=t,
                 alpha=alpha,
-                keyframes=[int(k) for k in tensors["keyframes"][step]],
-                frames=range(len(state.x)),
+                window=WindowMoment.whole(
+                    len(state.x), length, PUBLISHED.neighbours, tensors["keyframes"][step].tolist()
+                ),
             )
             state = Ddim().step(schedule, step, 0, state, noise)
             after.append(state.x)

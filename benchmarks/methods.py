@@ -34,7 +34,7 @@ from tokenflow_batch.tokenflow.injection import Site
 from tokenflow_batch.tokenflow.keyframes import draw_keyframes, segments, true_neighbours
 from tokenflow_batch.tokenflow.modes import DEFAULT, PUBLISHED, Injection, Mode
 from tokenflow_batch.tokenflow.passes import KeyframePass, SourcePass
-from tokenflow_batch.tokenflow.windows import batches
+from tokenflow_batch.tokenflow.windows import WindowMoment, batches
 
 BATCH = 8
 """Frames per UNet call."""
@@ -271,7 +271,6 @@ class TokenFlow:
         settings = EditSettings(
             guidance_scale=now.thresholds.guidance_scale,
             injection=now.injection,
-            segment_length=now.thresholds.segment_length,
             batch=now.thresholds.segment_length,
             mode=self.mode,
         )
@@ -284,8 +283,9 @@ class TokenFlow:
             step=now.step,
             t=now.t,
             alpha=now.alpha,
-            keyframes=now.keyframes,
-            frames=now.frames,
+            window=WindowMoment.whole(
+                len(x), now.thresholds.segment_length, self.mode.neighbours, now.keyframes
+            ),
         )
 
 

@@ -82,6 +82,7 @@ class MetaUNet:
             stored_conv_KChw=None,
             attention="sdpa",
             keep_tokens=call.branches == 3,
+            foreign=call.anchors,
         )
 
     def _propagation(self, hooks: Hooks, call: UNetCall) -> int:

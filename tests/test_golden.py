@@ -19,6 +19,7 @@ from tokenflow_batch.tokenflow.keyframes import draw_keyframes, segments, true_n
 from tokenflow_batch.tokenflow.modes import MODES, Injection
 from tokenflow_batch.tokenflow.passes import SourcePass
 from tokenflow_batch.tokenflow.samplers import Ddim, State
+from tokenflow_batch.tokenflow.windows import WindowMoment
 
 ROOT = Path(__file__).parents[1]
 FOLDER = Path(os.environ.get("TOKENFLOW_GOLDEN", ROOT.parent / "shared" / "golden"))
@@ -74,7 +75,7 @@ def ours(unet, kind, schedule, settings, case):
         for step, (t, alpha) in enumerate(zip(schedule.timesteps, schedule.alphas, strict=True)):
             with hooks.during(SourcePass()) as seen:
                 denoiser.noise(source[step], t, alpha, embeds[0])
-            inputs = Inputs(state.x, source[step], seen, keyframes[step], settings.segment_length)
+            inputs = Inputs(state.x, source[step], seen, keyframes[step], settings.batch)
             noise = predict_window(
                 denoiser,
                 hooks,
@@ -84,8 +85,9 @@ def ours(unet, kind, schedule, settings, case):
                 step=step,
                 t=t,
                 alpha=alpha,
-                keyframes=keyframes[step],
-                frames=range(len(x)),
+                window=WindowMoment.whole(
+                    len(x), settings.batch, settings.mode.neighbours, keyframes[step]
+                ),
             )
             state = Ddim().step(schedule, step, 0, state, noise)
             after.append(state.x)
@@ -123,7 +125,7 @@ def test_an_edit_is_what_a_plain_reference_makes_of_it(name):
     embeds = torch.randn(3, 7, WIDTH)
     keyframes = [draw_keyframes(5, step, segments(frames, length)) for step in range(steps)]
     injection = Injection() if attn_t is None else Injection.pnp(steps, attn_t, f_t)
-    settings = EditSettings(3.0, injection, length, length, MODES[mode])
+    settings = EditSettings(3.0, injection, length, MODES[mode])
     got = ours(unet, kind, schedule, settings, (x, source, embeds, keyframes))
     reference = Reference(
         unet, kind, length, 3.0, injection.qk_steps, injection.conv_steps, mode == "official"
@@ -137,6 +139,6 @@ def test_an_edit_is_what_a_plain_reference_makes_of_it(name):
     assert (wanted[-1] - wanted[0]).abs().mean() > 0.01
     # An edit that skips the injection, or makes another, is another edit.
     other = Injection.pnp(steps, 0.75, 0.25) if injection != Injection(3, 1) else Injection()
-    changed = EditSettings(3.0, other, length, length, MODES[mode])
+    changed = EditSettings(3.0, other, length, MODES[mode])
     apart = ours(unet, kind, schedule, changed, (x, source, embeds, keyframes))
     assert (apart[-1] - wanted[-1]).abs().mean() > 5e-4 * wanted[-1].std()

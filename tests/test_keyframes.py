@@ -17,7 +17,7 @@ from tokenflow_batch.tokenflow.keyframes import (
     segments,
     true_neighbours,
 )
-from tokenflow_batch.tokenflow.windows import batches, chunks, covering, plan_windows
+from tokenflow_batch.tokenflow.windows import batches, chunks
 
 counts = st.integers(1, 400)
 lengths = st.integers(1, 40)
@@ -199,17 +199,6 @@ def test_batches_keep_every_item_in_order(items, size):
     assert [i for batch in cut for i in batch] == items
     assert all(len(batch) == size for batch in cut[:-1])
     assert all(1 <= len(batch) <= size for batch in cut)
-
-
-@given(counts, lengths, lengths)
-def test_windows_cover_every_chunk(frames, length, chunk_frames):
-    windows = plan_windows(frames, length)
-    assert sorted({f for w in windows for f in range(w.start, w.stop)}) == list(range(frames))
-    assert [w.index for w in windows] == list(range(len(windows)))
-    for chunk in chunks(frames, chunk_frames):
-        over = covering(windows, chunk)
-        assert {f for w in over for f in range(w.start, w.stop)} >= set(chunk.frames)
-        assert all(w.start < chunk.stop and w.stop > chunk.start for w in over)
 
 
 cut_clips = st.integers(1, 90).flatmap(

@@ -39,9 +39,9 @@ LITERAL = {
     "encode": "14d8957d401e6ff459c2c9eb",
     "invert": "eeedeb46a41eb3fd457c53bb",
     "match": "6deb0b68148ffe75635007fb",
-    "edit": "b3f7b05790adf7687a3062c1",
-    "render": "b7806fc4b8b92274ebc3bf93",
-    "report": "c86579823e069b074e0383f8",
+    "edit": "2f94aa28c821f31705edd605",
+    "render": "994c6d9240845f2ea3cab08a",
+    "report": "9e422ee7940a2e8054bd3f5d",
 }
 
 
@@ -83,6 +83,9 @@ EFFECTS = [
     ({"attn_t": 0.4}, FROM["edit"]),
     ({"f_t": 0.7}, FROM["edit"]),
     ({"conv_site": "up_blocks.1.resnets.2"}, FROM["match"]),
+    ({"window_segments": 8}, FROM["edit"]),
+    ({"window_overlap": 1}, FROM["edit"]),
+    ({"anchors": 2}, FROM["edit"]),
     ({"crf": 20}, FROM["render"]),
     ({"audio": False}, FROM["render"]),
     ({"restore_size": True}, FROM["render"]),

@@ -65,6 +65,15 @@ class Settings(Frozen):
         "auto", description="first frames of new shots; `auto` finds them, none is crossed"
     )
     segment_length: int = Field(8, ge=1, le=4096, description="B, frames per keyframe")
+    window_segments: int = Field(
+        16, ge=2, le=4096, description="K_w, segments edited jointly; longer clips are overlapped"
+    )
+    window_overlap: int = Field(
+        2, ge=1, le=2048, description="O, segments shared by neighbouring windows"
+    )
+    anchors: int = Field(
+        4, ge=0, le=256, description="keyframes of the whole clip that every window attends to"
+    )
     chunk_frames: int = Field(64, ge=1, le=65536, description="frames per unit of work and shard")
     unet_batch: int = Field(8, ge=1, le=4096, description="frames per UNet call outside the edit")
     vae_batch: int = Field(4, ge=1, le=4096)

@@ -33,7 +33,16 @@ _INVERT = (
     "unet_batch",
 )
 _MATCH = ("keyframe_seed", "segment_length", "cuts")
-_EDIT = ("prompt", "negative_prompt", "guidance_scale", "technique", "sampler")
+_EDIT = (
+    "prompt",
+    "negative_prompt",
+    "guidance_scale",
+    "technique",
+    "sampler",
+    "window_segments",
+    "window_overlap",
+    "anchors",
+)
 _PNP = ("attn_t", "f_t", "conv_site")
 _SDEDIT = ("strength",)
 _RENDER = ("crf", "audio", "restore_size")

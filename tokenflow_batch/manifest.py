@@ -169,6 +169,13 @@ def _settings(
             "plain inversion (inversion_iterations: 0) at least as many",
         )
         return None
+    if settings.window_overlap > settings.window_segments // 2:
+        problems.add(
+            origin.get("window_overlap", origin.get("window_segments", levels[-1][0])),
+            f"windows of {settings.window_segments} segments can't share "
+            f"{settings.window_overlap}: window_overlap is at most half of window_segments",
+        )
+        return None
     return settings
 
 

@@ -13,7 +13,7 @@ from typing import Literal
 from tokenflow_batch.config import Settings, StageName
 from tokenflow_batch.tokenflow.keyframes import draw_keyframes, segments, true_neighbours
 from tokenflow_batch.tokenflow.modes import MODES, Injection, Mode, branch_count
-from tokenflow_batch.tokenflow.windows import batches, chunks, plan_windows
+from tokenflow_batch.tokenflow.windows import Layout, batches, chunks
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,8 @@ class UNetCall:
         conv: whether convolution features are injected.
         qk: whether queries and keys are injected.
         searched: keyframes in which correspondences are searched during the call.
+        anchors: of a joint call, how many frames in front are anchors, and which of them the
+            window's keyframes attend to.
     """
 
     kind: Literal["plain", "keyframes", "propagation"]
@@ -35,6 +37,7 @@ class UNetCall:
     conv: bool = False
     qk: bool = False
     searched: int = 0
+    anchors: tuple[bool, ...] = ()
 
     @property
     def rows(self) -> int:
@@ -104,16 +107,30 @@ def _match(s: Settings, frames: int, cuts: Sequence[int]) -> Counter[UNetCall]:
 
 def _edit(s: Settings, frames: int, mode: Mode, cuts: Sequence[int]) -> Counter[UNetCall]:
     injection, total = injection_of(s), Counter[UNetCall]()
+    layout = layout_of(s, frames, cuts)
     for step in range(s.first_step, s.steps):
-        drawn = draw_keyframes(s.keyframe_seed, step, segments(frames, s.segment_length, cuts))
+        drawn = draw_keyframes(s.keyframe_seed, step, layout.segments)
         conv, qk = step < injection.conv_steps, step < injection.qk_steps
         joint = branch_count(mode, injection, step, keyframe_pass=True)
         spread = branch_count(mode, injection, step, keyframe_pass=False)
-        for window in plan_windows(frames, s.segment_length, cuts):
-            total[UNetCall("keyframes", len(window.segments), joint, conv, qk)] += 1
-            for batch in batches(range(window.start, window.stop), s.segment_length):
-                near = [mode.neighbours(f, drawn, s.segment_length, cuts) for f in batch]
+        for window in layout.windows:
+            now = layout.moment(mode.neighbours, drawn, window)
+            together = len(now.keyframes) + len(now.anchors)
+            total[UNetCall("keyframes", together, joint, conv, qk, anchors=now.foreign)] += 1
+            for near in batches(now.neighbours, s.segment_length):
                 keyframes = {k for n in near for k in (n.first, n.second)}
                 searched = 0 if mode.stored_source else len(keyframes)
-                total[UNetCall("propagation", len(batch), spread, conv, searched=searched)] += 1
+                total[UNetCall("propagation", len(near), spread, conv, searched=searched)] += 1
     return total
+
+
+def layout_of(s: Settings, frames: int, cuts: Sequence[int] = ()) -> Layout:
+    """The windows of an edit of so many frames."""
+    return Layout.plan(
+        frames,
+        s.segment_length,
+        cuts,
+        size=s.window_segments,
+        overlap=s.window_overlap,
+        anchors=s.anchors,
+    )

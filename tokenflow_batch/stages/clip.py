@@ -11,14 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tokenflow_batch.config import Settings
 from tokenflow_batch.errors import VideoError
 from tokenflow_batch.geometry import Fit, Geometry, plan_geometry
 from tokenflow_batch.ledger import StageFolder
+from tokenflow_batch.plan import layout_of
 from tokenflow_batch.stages.base import StageContext
 from tokenflow_batch.store import ArrayStore
 from tokenflow_batch.tokenflow.ddim import Schedule
 from tokenflow_batch.tokenflow.keyframes import Segment, segments
-from tokenflow_batch.tokenflow.windows import Chunk, chunks
+from tokenflow_batch.tokenflow.windows import Chunk, Layout, chunks
 from tokenflow_batch.video import VideoFacts
 
 PROBE = "probe"
@@ -58,6 +60,10 @@ class Clip:
     def segments(self) -> list[Segment]:
         """Keyframe segments."""
         return segments(self.frames, self.segment_length, self.cuts)
+
+    def layout(self, settings: Settings) -> Layout:
+        """The windows of an edit."""
+        return layout_of(settings, self.frames, self.cuts)
 
 
 def read_clip(context: StageContext) -> Clip:

@@ -29,7 +29,7 @@ from tokenflow_batch.tokenflow.injection import Site
 from tokenflow_batch.tokenflow.keyframes import draw_keyframes
 from tokenflow_batch.tokenflow.modes import MODES
 from tokenflow_batch.tokenflow.samplers import SAMPLERS, Sampler, State
-from tokenflow_batch.tokenflow.windows import Chunk, Window, covering, plan_windows
+from tokenflow_batch.tokenflow.windows import Chunk, Layout, Window
 
 
 class Edit(Stage):
@@ -46,16 +46,13 @@ class Edit(Stage):
         schedule = model.schedule(s.steps)
         inversion = model.schedule(s.inversion_steps)
         source = InvertedLatents(context.folder("invert"), schedule, inversion)
-        windows, sampler = (
-            plan_windows(clip.frames, s.segment_length, clip.cuts),
-            SAMPLERS[s.sampler],
-        )
+        layout, sampler = clip.layout(s), SAMPLERS[s.sampler]
         frame_shape = model.frame_shape(clip.geometry.working)
-        store = ArrayStore.create(folder, _specs(clip, windows, s, sampler, frame_shape))
+        store = ArrayStore.create(folder, _specs(clip, layout, s, sampler, frame_shape))
         prompts = Prompts(*(model.embed(p) for p in (s.source_prompt, s.negative_prompt, s.prompt)))
         first = _resume_at(folder, clip, s)
         for step in range(first):  # a killed process may not have come to it
-            _drop_step(folder, step, windows, clip)
+            _drop_step(folder, step, layout.windows, clip)
         denoiser = Denoiser(model.unet, model.prediction_type)
         with (
             tokenflow_hooks(model.unet, context.compute.attention, s.conv_site) as hooks,
@@ -73,21 +70,22 @@ class Edit(Stage):
             )
             work = _Editing(
                 clip,
+                layout,
                 store,
                 inputs,
                 denoiser,
                 hooks,
                 prompts,
-                _edit_settings(context, clip),
+                _edit_settings(context),
                 schedule,
             )
             for step in range(first, s.steps):
-                work.step(step, windows, s, sampler, advance)
+                work.step(step, s, sampler, advance)
 
 
 def _specs(
     clip: Clip,
-    windows: Sequence[Window],
+    layout: Layout,
     settings: Settings,
     sampler: Sampler,
     frame_shape: tuple[int, ...],
@@ -97,10 +95,10 @@ def _specs(
     All float32 whatever the model computes in: they are few, and rounding would add up.
     """
     grid = ((settings.steps + 1,), clip.frames, clip.chunk_frames, frame_shape, "float32")
-    longest = max(map(len, windows))
+    longest = max(map(len, layout.windows))
     specs = {name: ArraySpec("advance", *grid) for name in _state_names(sampler)}
     specs["noise"] = ArraySpec(
-        "window", (settings.steps, len(windows)), longest, longest, frame_shape, "float32"
+        "window", (settings.steps, len(layout.windows)), longest, longest, frame_shape, "float32"
     )
     return specs
 
@@ -109,16 +107,14 @@ def _state_names(sampler: Sampler) -> list[str]:
     return ["latents", *(f"history_{k}" for k in range(sampler.history))]
 
 
-def _edit_settings(context: StageContext, clip: Clip) -> EditSettings:
+def _edit_settings(context: StageContext) -> EditSettings:
     s = context.settings
     return EditSettings(
         guidance_scale=s.guidance_scale,
         injection=injection_of(s),
-        segment_length=s.segment_length,
         batch=s.segment_length,
         mode=MODES[s.mode],
         matching=context.compute.matching,
-        cuts=clip.cuts,
     )
 
 
@@ -214,6 +210,7 @@ class _Editing:
     """One edit, a step at a time."""
 
     clip: Clip
+    layout: Layout
     store: ArrayStore
     inputs: _Inputs
     denoiser: Denoiser
@@ -222,22 +219,22 @@ class _Editing:
     settings: EditSettings
     schedule: Schedule
 
-    def step(
-        self, step: int, windows: Sequence[Window], s: Settings, sampler: Sampler, advance: Advance
-    ) -> None:
+    def step(self, step: int, s: Settings, sampler: Sampler, advance: Advance) -> None:
         """Compute and commit a sampling step: windows, then advances; then drop what is over."""
         folder, self.inputs.step = self.store.stage, step
-        keyframes = draw_keyframes(s.keyframe_seed, step, self.clip.segments)
+        windows = self.layout.windows
+        drawn = draw_keyframes(s.keyframe_seed, step, self.layout.segments)
         for window in windows:
             if not folder.committed(unit_name("window", (step, window.index, 0))):
-                self._window(step, window, keyframes)
+                self._window(step, window, drawn)
         for chunk in self.clip.chunks:
             if not folder.committed(unit_name("advance", (step + 1, chunk.index))):
-                self._advance(step, chunk, windows, s.first_step, sampler)
+                self._advance(step, chunk, drawn, s.first_step, sampler)
             advance(len(chunk))
         _drop_step(folder, step, windows, self.clip)
 
-    def _window(self, step: int, window: Window, keyframes: Sequence[int]) -> None:
+    def _window(self, step: int, window: Window, drawn: Sequence[int]) -> None:
+        moment = self.layout.moment(self.settings.mode.neighbours, drawn, window)
         rows, began = self.denoiser.rows, time.perf_counter()
         noise = predict_window(
             self.denoiser,
@@ -248,24 +245,39 @@ class _Editing:
             step=step,
             t=self.schedule.timesteps[step],
             alpha=self.schedule.alphas[step],
-            keyframes=[keyframes[segment.index] for segment in window.segments],
-            frames=range(window.start, window.stop),
+            window=moment,
         )
         require_finite(noise, f"sampling step {step}, frames {window.start} to {window.stop}")
+        # Frames at its ends that belong to a neighbouring window alone stay 0.
+        padded = noise.new_zeros(self.store.specs["noise"].frames, *noise.shape[1:])
+        offset = moment.frames.start - window.start
+        padded[offset : offset + len(noise)] = noise
         facts = {"rows": self.denoiser.rows - rows, "seconds": time.perf_counter() - began}
-        self.store.write((step, window.index, 0), {"noise": noise.numpy()}, facts)
+        self.store.write((step, window.index, 0), {"noise": padded.numpy()}, facts)
 
     def _advance(
-        self, step: int, chunk: Chunk, windows: Sequence[Window], first: int, sampler: Sampler
+        self, step: int, chunk: Chunk, drawn: Sequence[int], first: int, sampler: Sampler
     ) -> None:
-        (window,) = covering(windows, chunk)  # one window, so nothing to blend yet
-        inside = range(chunk.start - window.start, chunk.stop - window.start)
-        noise = torch.from_numpy(self.store.read("noise", (step, window.index), inside))
+        noise = self._blended(step, chunk, drawn)
         state = self.inputs.state(chunk.frames)
         after = sampler.step(self.schedule, step, first, state, noise)
         values = (after.x.numpy(), *(h.numpy() for h in after.history))
         named = dict(zip(_state_names(sampler), values, strict=True))
         self.store.write((step + 1, chunk.index), named)
+
+    def _blended(self, step: int, chunk: Chunk, drawn: Sequence[int]) -> Tensor:
+        """The windows' predictions for a chunk, summed in window order."""
+        total: Tensor | None = None
+        for window, weights in self.layout.blend(self.settings.mode.neighbours, drawn, chunk):
+            inside = range(max(chunk.start, window.start), min(chunk.stop, window.stop))
+            places = [f - window.start for f in inside]
+            noise = torch.from_numpy(self.store.read("noise", (step, window.index), places))
+            if total is None:
+                total = noise.new_zeros(len(chunk), *noise.shape[1:])
+            rows = slice(inside.start - chunk.start, inside.stop - chunk.start)
+            total[rows] += torch.tensor(weights[rows]).view(-1, 1, 1, 1) * noise
+        assert total is not None  # noqa: S101 - windows cover the clip
+        return total
 
 
 def read_edited(context: StageContext, frames: Sequence[int]) -> Tensor:

@@ -19,8 +19,10 @@ from torch import Tensor, nn
 from tokenflow_batch.tokenflow.attention import Hooks
 from tokenflow_batch.tokenflow.correspondence import Backend
 from tokenflow_batch.tokenflow.ddim import noise_from_prediction
+from tokenflow_batch.tokenflow.keyframes import Neighbours
 from tokenflow_batch.tokenflow.modes import DEFAULT, Injection, Mode, branch_count
 from tokenflow_batch.tokenflow.passes import KeyframePass, PropagationPass
+from tokenflow_batch.tokenflow.windows import WindowMoment
 
 
 class Denoiser:
@@ -93,20 +95,16 @@ class EditSettings:
     Attributes:
         guidance_scale: g in ε = ε_neg + g · (ε_target − ε_neg).
         injection: Plug-and-Play thresholds in steps; zeros for SDEdit.
-        segment_length: B, frames per keyframe.
         batch: ordinary frames per UNet call.
         mode: default or published.
         matching: correspondence backend, where they are found on the way.
-        cuts: first frames of all shots but the first; no frame looks across one.
     """
 
     guidance_scale: float
     injection: Injection
-    segment_length: int
     batch: int
     mode: Mode = DEFAULT
     matching: Backend = "torch"
-    cuts: tuple[int, ...] = ()
 
 
 def predict_window(
@@ -119,8 +117,7 @@ def predict_window(
     step: int,
     t: int,
     alpha: float,
-    keyframes: Sequence[int],
-    frames: range,
+    window: WindowMoment,
     on_rows: Callable[[int], None] = lambda _: None,
 ) -> Tensor:
     """Guided noise predictions of a window's frames at one sampling step.
@@ -134,20 +131,21 @@ def predict_window(
         step: sampling step, 0 the noisiest, for the injection thresholds.
         t: its timestep.
         alpha: ᾱ at t.
-        keyframes: the window's keyframes, absolute and ascending.
-        frames: the window's frames.
+        window: its frames, keyframes and anchors at this step.
         on_rows: told how many UNet rows each call took, for progress.
 
     Returns:
         (F, C, h, w) float32 on the CPU.
     """
-    joint = _keyframe_pass(settings, hooks, inputs, keyframes, step)
+    together = [*window.anchors, *window.keyframes]
+    joint = _keyframe_pass(settings, hooks, inputs, window, step)
     call = _Call(denoiser, hooks, inputs, prompts, t, alpha)
-    on_rows(call.run(joint, keyframes, joint.branches)[1])
+    on_rows(call.run(joint, together, joint.branches)[1])
     predictions = []
-    for start in range(frames.start, frames.stop, settings.batch):
-        batch = range(start, min(start + settings.batch, frames.stop))
-        spread = _propagation_pass(settings, joint, inputs, keyframes, batch, step)
+    for start in range(0, len(window.frames), settings.batch):
+        part = slice(start, start + settings.batch)
+        batch = window.frames[part]
+        spread = _propagation_pass(settings, joint, inputs, batch, window.neighbours[part], step)
         noise_RNChw, rows = call.run(spread, batch, spread.branches)
         negative, target = noise_RNChw[-2], noise_RNChw[-1]
         guided = negative + settings.guidance_scale * (target - negative)
@@ -157,7 +155,7 @@ def predict_window(
 
 
 def _keyframe_pass(
-    settings: EditSettings, hooks: Hooks, inputs: WindowInputs, keyframes: Sequence[int], step: int
+    settings: EditSettings, hooks: Hooks, inputs: WindowInputs, window: WindowMoment, step: int
 ) -> KeyframePass:
     conv_on = step < settings.injection.conv_steps
     stored = conv_on and settings.mode.stored_source
@@ -165,9 +163,10 @@ def _keyframe_pass(
         branches=branch_count(settings.mode, settings.injection, step, keyframe_pass=True),
         inject_qk=step < settings.injection.qk_steps,
         inject_conv=conv_on,
-        stored_conv_KChw=inputs.conv(keyframes) if stored else None,
+        stored_conv_KChw=inputs.conv([*window.anchors, *window.keyframes]) if stored else None,
         attention=hooks.attention,
         keep_tokens=not settings.mode.stored_source,
+        foreign=window.foreign,
     )
 
 
@@ -175,16 +174,15 @@ def _propagation_pass(
     settings: EditSettings,
     joint: KeyframePass,
     inputs: WindowInputs,
-    keyframes: Sequence[int],
     batch: range,
+    neighbours: Sequence[Neighbours],
     step: int,
 ) -> PropagationPass:
     conv_on = step < settings.injection.conv_steps
     stored = settings.mode.stored_source
-    rule = settings.mode.neighbours
     return PropagationPass(
         joint,
-        [rule(frame, keyframes, settings.segment_length, settings.cuts) for frame in batch],
+        neighbours,
         branches=branch_count(settings.mode, settings.injection, step, keyframe_pass=False),
         inject_conv=conv_on,
         stored_conv_NChw=inputs.conv(batch) if stored and conv_on else None,

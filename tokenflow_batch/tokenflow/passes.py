@@ -78,9 +78,14 @@ class KeyframePass:
     In the negative and target branches every keyframe's queries attend to the keys and values of
     all keyframes; the source branch, if the batch has one, attends within its own frame.
 
+    A window of a long clip brings anchors along, A keyframes of the whole clip, in front of its own
+    in every branch. They attend among themselves, so that they come out the same in every window;
+    the window's keyframes attend to those anchors that are `foreign` to it, and to each other.
+
     Attributes:
-        outputs: per site, the self-attention output after `to_out`, (R, K, L, C).
-        tokens: per site, the source branch's φ (K, L, C), if `keep_tokens`.
+        outputs: per site, the self-attention output of the window's own keyframes after `to_out`,
+            (R, K, L, C).
+        tokens: per site, the source branch's φ of the same (K, L, C), if `keep_tokens`.
     """
 
     def __init__(
@@ -92,14 +97,26 @@ class KeyframePass:
         stored_conv_KChw: Tensor | None,
         attention: AttentionBackend,
         keep_tokens: bool = False,
+        foreign: Sequence[bool] = (),
     ) -> None:
+        """Set up a pass.
+
+        Args:
+            branches: R, 2 or 3.
+            inject_qk: copy the source's queries and keys at the PnP sites.
+            inject_conv: copy its convolution features.
+            stored_conv_KChw: those, anchors included; None takes them from the source branch.
+            attention: backend.
+            keep_tokens: for finding correspondences on the way.
+            foreign: per anchor, whether it is none of the window's keyframes.
+        """
         if inject_qk and branches != 3:
             raise ValueError("injecting queries and keys needs the source branch in the batch")
         if keep_tokens and branches != 3:
             raise ValueError("keeping source tokens needs the source branch in the batch")
         self.branches, self.inject_qk, self.inject_conv = branches, inject_qk, inject_conv
         self.stored_conv_KChw, self.attention = stored_conv_KChw, attention
-        self.keep_tokens = keep_tokens
+        self.keep_tokens, self.foreign = keep_tokens, tuple(foreign)
         self.outputs: dict[int, Tensor] = {}
         self.tokens: dict[int, Tensor] = {}
 
@@ -111,12 +128,11 @@ class KeyframePass:
         plain: Callable[[], Tensor],  # noqa: ARG002
     ) -> Tensor:
         """Extended attention; keeps the output for the propagation pass."""
-        rows, tokens, _ = tokens_NLC.shape
-        keyframes = rows // self.branches
+        frames, anchors = len(tokens_NLC) // self.branches, len(self.foreign)
         if self.keep_tokens:
-            self.tokens[site.index] = tokens_NLC[:keyframes]
+            self.tokens[site.index] = tokens_NLC[anchors:frames]
         q_RKHLD, k_RKHLD, v_RKHLD = (
-            split_heads(project(tokens_NLC), attn.heads).unflatten(0, (self.branches, keyframes))
+            split_heads(project(tokens_NLC), attn.heads).unflatten(0, (self.branches, frames))
             for project in (attn.to_q, attn.to_k, attn.to_v)
         )
         joined = []
@@ -124,13 +140,23 @@ class KeyframePass:
             source = self.branches == 3 and r == 0
             qk = 0 if self.inject_qk and site.inject_qk else r
             q, k, v = q_RKHLD[qk], k_RKHLD[qk], v_RKHLD[r]
-            if not source:  # one sequence of all keyframes' tokens, (1, H, K·L, D)
-                q, k, v = (x.transpose(0, 1).flatten(1, 2).unsqueeze(0) for x in (q, k, v))
-            out = merge_heads(attend(q, k, v, attn.scale, self.attention))
-            joined.append(out.reshape(keyframes, tokens, -1))
-        out_NLC = attn.to_out[1](attn.to_out[0](torch.cat(joined)))
-        self.outputs[site.index] = out_NLC.unflatten(0, (self.branches, keyframes))
+            if source:
+                joined.append(merge_heads(attend(q, k, v, attn.scale, self.attention)))
+                continue
+            if anchors:
+                joined.append(self._together(attn, q[:anchors], k[:anchors], v[:anchors]))
+                seen = [a for a in range(frames) if a >= anchors or self.foreign[a]]
+                q, k, v = q[anchors:], k[seen], v[seen]
+            joined.append(self._together(attn, q, k, v))
+        out_NLC: Tensor = attn.to_out[1](attn.to_out[0](torch.cat(joined)))
+        self.outputs[site.index] = out_NLC.unflatten(0, (self.branches, frames))[:, anchors:]
         return out_NLC
+
+    def _together(self, attn: Any, q_KHLD: Tensor, k_MHLD: Tensor, v_MHLD: Tensor) -> Tensor:
+        """Attention of frames to the tokens of all given ones as one sequence, (K, L, H·D)."""
+        q, k, v = (x.transpose(0, 1).flatten(1, 2).unsqueeze(0) for x in (q_KHLD, k_MHLD, v_MHLD))
+        out = merge_heads(attend(q, k, v, attn.scale, self.attention))
+        return out.reshape(len(q_KHLD), q_KHLD.shape[2], -1)
 
     def conv_features(self, features_NChw: Tensor) -> Tensor:
         """Plug-and-Play injection, if this step asks for it."""
