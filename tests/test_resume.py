@@ -114,6 +114,35 @@ def test_killed_and_started_again_it_ends_with_the_same_bits(whole, tmp_path, ti
     assert killed_at_work >= 1
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_it_soon_and_nothing_is_lost(whole, tmp_path, tiny_model, number):
+    reference, idle, duration = whole
+    shutil.copy2(reference.parent / "clip.mp4", tmp_path)
+    manifest = write_manifest(tmp_path, tiny_model, chunk_frames=3, steps=4)
+    work = manifest.parent / "out" / ".work"
+    stopped = 0
+    for share in (0.3, 0.6, 0.8):
+        before = committed(work)
+        process = start(manifest)
+        try:
+            said, _ = process.communicate(timeout=idle + share * (duration - idle))
+            assert process.returncode == 0, said
+            continue  # it was quicker
+        except subprocess.TimeoutExpired:
+            process.send_signal(number)
+        began = time.monotonic()
+        said, _ = process.communicate(timeout=60)
+        assert time.monotonic() - began < 10
+        assert process.returncode == 128 + number, said
+        assert f"stopped by {number.name}" in said
+        assert "Traceback" not in said
+        assert_kept(before, committed(work))
+        stopped += 1
+    assert stopped
+    run_one(manifest)
+    assert same(outcome(manifest), outcome(reference))
+
+
 class Died(BaseException):
     """Stops this process's run where SIGKILL could have stopped it."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -218,17 +219,37 @@ def _run(batch: Batch, stages: tuple[StageName, ...], force: list[str], as_json:
     raise typer.Exit(exit_code(results))
 
 
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM: handled like Ctrl-C, wherever the work is."""
+
+
 @contextmanager
 def _messages() -> Iterator[None]:
-    """Errors of ours as a message and an exit code, never a traceback."""
+    """Errors of ours as a message and an exit code, never a traceback.
+
+    SIGINT and SIGTERM abandon the unit in flight, which is as safe as a kill, and give 128 plus the
+    signal's number, as shells do.
+    """
+
+    def terminate(number: int, frame: object) -> None:  # noqa: ARG001
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # one is enough: let the locks be released
+        raise _Terminated
+
+    previous = signal.signal(signal.SIGTERM, terminate)
     try:
         yield
     except TokenflowBatchError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(error.exit_code) from None
-    except KeyboardInterrupt:
-        typer.echo("interrupted: run the same command again to go on", err=True)
-        raise typer.Exit(130) from None
+    except KeyboardInterrupt as stopped:
+        number = signal.SIGTERM if isinstance(stopped, _Terminated) else signal.SIGINT
+        typer.echo(
+            f"stopped by {number.name}: what is committed stays, run the same command to go on",
+            err=True,
+        )
+        raise typer.Exit(128 + number) from None
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def main() -> None:

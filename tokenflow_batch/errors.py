@@ -12,6 +12,8 @@ TokenflowBatchError           1   anything below; also "several jobs failed for 
 ├── OutOfMemoryError          8   the device or the host has too little memory for the settings
 └── LockedError               9   another process is at work on the same stage of the same clip
 
+Stopped by SIGINT or SIGTERM, the command line exits with 130 or 143.
+
 `message` says what is wrong and where, `hint` what to do about it.
 """
 
