@@ -18,6 +18,8 @@ from jobs import clip, outcome, run_one, same, snapshot, write_manifest
 
 from tokenflow_batch import ledger
 
+# Three segments in two overlapping windows with anchors, three chunks.
+JOB = {"chunk_frames": 3, "steps": 4, "window_segments": 2, "window_overlap": 1, "anchors": 2}
 COMMAND = Path(sys.executable).with_name("tokenflow-batch")
 
 
@@ -44,7 +46,7 @@ def whole(tmp_path_factory, tiny_model):
     """An uninterrupted run: its manifest, how long a run without work takes, and one with."""
     folder = tmp_path_factory.mktemp("whole")
     clip(folder / "clip.mp4", 9)
-    manifest = write_manifest(folder, tiny_model, chunk_frames=3, steps=4)
+    manifest = write_manifest(folder, tiny_model, **JOB)
     duration = timed(manifest)
     return manifest, timed(manifest), duration
 
@@ -89,7 +91,7 @@ def test_killed_and_started_again_it_ends_with_the_same_bits(whole, tmp_path, ti
             clips += 1
             folder.mkdir()
             shutil.copy2(reference.parent / "clip.mp4", folder)
-            manifest = write_manifest(folder, tiny_model, chunk_frames=3, steps=4)
+            manifest = write_manifest(folder, tiny_model, **JOB)
         work = manifest.parent / "out" / ".work"
         before = committed(work)
         process = start(manifest)
@@ -118,7 +120,7 @@ def test_killed_and_started_again_it_ends_with_the_same_bits(whole, tmp_path, ti
 def test_a_signal_stops_it_soon_and_nothing_is_lost(whole, tmp_path, tiny_model, number):
     reference, idle, duration = whole
     shutil.copy2(reference.parent / "clip.mp4", tmp_path)
-    manifest = write_manifest(tmp_path, tiny_model, chunk_frames=3, steps=4)
+    manifest = write_manifest(tmp_path, tiny_model, **JOB)
     work = manifest.parent / "out" / ".work"
     stopped = 0
     for share in (0.3, 0.6, 0.8):
