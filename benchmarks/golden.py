@@ -118,6 +118,7 @@ def edit(vectors: Vectors, denoiser: Denoiser) -> Tensor:
         guidance_scale=float(meta["cfgscale"]),
         injection=Injection.pnp(steps, meta["attn_t"], meta["f_t"]) if pnp else Injection(),
         batch=length,
+        latent_hw=(tensors["x_T"].shape[2], tensors["x_T"].shape[3]),
         mode=PUBLISHED,
     )
     prompts = Prompts(*(tensors[f"embeds.{name}"] for name in ("source", "negative", "target")))

@@ -272,6 +272,7 @@ class TokenFlow:
             guidance_scale=now.thresholds.guidance_scale,
             injection=now.injection,
             batch=now.thresholds.segment_length,
+            latent_hw=(x.shape[2], x.shape[3]),
             mode=self.mode,
         )
         return predict_window(
@@ -293,6 +294,7 @@ METHODS: Mapping[str, Method] = {
     "per_frame": per_frame,
     "official": TokenFlow(PUBLISHED),
     "default": TokenFlow(),
+    "no vote": TokenFlow(replace(DEFAULT, vote=False)),
 }
 
 

@@ -18,7 +18,7 @@ from methods import Method, Moment, TokenFlow, correspondences
 from torch import Tensor
 
 from tokenflow_batch.tokenflow.attention import Hooks, attend, merge_heads, split_heads
-from tokenflow_batch.tokenflow.correspondence import normalise
+from tokenflow_batch.tokenflow.correspondence import normalise, vote
 from tokenflow_batch.tokenflow.denoise import Denoiser
 from tokenflow_batch.tokenflow.injection import Site
 from tokenflow_batch.tokenflow.keyframes import Neighbours, segments, true_neighbours
@@ -82,7 +82,7 @@ class Building:
     reach: int | None = None
     radius: float | None = None
     shared: bool = False
-    vote: bool = False
+    vote: bool = True
 
     def fields(self, now: Moment) -> list[Field]:
         """One per site, in order."""
@@ -112,7 +112,8 @@ class Building:
         if self.reach is not None:
             weight = _trust(weight, sound)
         if self.vote:
-            index, weight = _voted(index, weight, int(width))
+            index, voted = vote(index[..., 0], int(width))
+            weight = voted * weight
         return Field(index, weight, best)
 
     def _one(
@@ -135,27 +136,6 @@ class Building:
         back = cosine_LM.argmax(dim=0)[index[:, 0]]
         sound = _grid_distance(back, own, width) <= (self.reach or 0)
         return index, weight, sound, cosine[:, 0]
-
-
-def _voted(index_F2L1: Tensor, weight_F2L1: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """Nine candidates per token: where its neighbours' matches put it."""
-    height = index_F2L1.shape[2] // width
-    row, column = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    indices, weights = [], []
-    for dy in (-1, 0, 1):
-        for dx in (-1, 0, 1):
-            inside = (
-                (row + dy >= 0) & (row + dy < height) & (column + dx >= 0) & (column + dx < width)
-            )
-            beside = (row + dy).clamp(0, height - 1) * width + (column + dx).clamp(0, width - 1)
-            match = index_F2L1[:, :, beside.flatten(), 0]
-            to_row, to_column = match // width - dy, match % width - dx
-            good = (to_row >= 0) & (to_row < height) & (to_column >= 0) & (to_column < width)
-            good &= inside.flatten()
-            indices.append((to_row * width + to_column) * good)
-            weights.append(good * float((2 - abs(dy)) * (2 - abs(dx))))
-    index, vote = torch.stack(indices, dim=-1), torch.stack(weights, dim=-1)
-    return index, vote / vote.sum(dim=-1, keepdim=True) * weight_F2L1
 
 
 def _trust(weight_F2Lk: Tensor, sound_F2L: Tensor) -> Tensor:
@@ -299,10 +279,7 @@ OPTIONS: Final[Mapping[str, Method]] = {
     "forward-backward": Variant(Building(reach=1)),
     "gate 0.6": Variant(gate=0.6),
     "gate 0.8": Variant(gate=0.8),
-    "soft top-4": Variant(Building(candidates=4)),
-    "soft top-8": Variant(Building(candidates=8)),
-    "soft top-4 sharp": Variant(Building(candidates=4, temperature=0.01)),
-    "vote": Variant(Building(vote=True)),
+    "soft top-4": Variant(Building(candidates=4, vote=False)),
     "local search": Variant(Building(radius=0.25)),
     "shared field": Variant(Building(shared=True)),
 }

@@ -23,7 +23,7 @@ class Reference:
 
     official: as the published code: correspondences found on the way, neighbours b and b−1, weights
         by segment centres through a sigmoid, source rows in every batch. Otherwise: features of a
-        pass over the source, both true neighbours, linear weights.
+        pass over the source, both true neighbours, linear weights, votes of neighbouring tokens.
     """
 
     unet: torch.nn.Module
@@ -41,9 +41,11 @@ class Reference:
     keyframe_outputs: dict = field(default_factory=dict)
     source_tokens: dict = field(default_factory=dict)
     source_conv: torch.Tensor | None = None
+    size: tuple = ()
 
     def edit(self, timesteps, alphas, final_alpha, x, source, embeds, keyframes):
         """Latents after each step, (T, F, C, h, w); `source` is (T, F, C, h, w)."""
+        self.size = tuple(x.shape[-2:])
         plain = dict(self.unet.attn_processors)
         mine = {
             n: _Processor(self, n) if n.endswith("attn1.processor") else p for n, p in plain.items()
@@ -147,9 +149,32 @@ class Reference:
                     index = _nearest(here, there)
                     if not self.official and self.keyframes[k] == frame:
                         index = torch.arange(len(here))
-                    blend = blend + weight * self.keyframe_outputs[name][branch][k][index]
+                    edited = self.keyframe_outputs[name][branch][k]
+                    gathered = edited[index] if self.official else self._voted(edited, index)
+                    blend = blend + weight * gathered
                 rows[branch].append(blend)
         return torch.stack([x for branch in rows for x in branch])
+
+    def _voted(self, edited, index):
+        """Each token from what the 3 × 3 tokens around it say about it, weighted 1-2-1."""
+        sizes = [tuple(-(-side // 2**level) for side in self.size) for level in range(9)]
+        rows, width = next((h, w) for h, w in sizes if h * w == len(index))
+        result = []
+        for p in range(len(index)):
+            total, count = 0, 0
+            for dy in (-1, 0, 1):
+                for dx in (-1, 0, 1):
+                    y, x = p // width + dy, p % width + dx
+                    if not (0 <= y < rows and 0 <= x < width):
+                        continue
+                    match = int(index[y * width + x])
+                    y, x = match // width - dy, match % width - dx
+                    if not (0 <= y < rows and 0 <= x < width):
+                        continue
+                    weight = (2, 1)[abs(dy)] * (2, 1)[abs(dx)]
+                    total, count = total + weight * edited[y * width + x], count + weight
+            result.append(total / count)
+        return torch.stack(result)
 
     def _neighbours(self, frame):
         """[(keyframe's position, weight)]"""

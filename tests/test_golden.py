@@ -125,7 +125,7 @@ def test_an_edit_is_what_a_plain_reference_makes_of_it(name):
     embeds = torch.randn(3, 7, WIDTH)
     keyframes = [draw_keyframes(5, step, segments(frames, length)) for step in range(steps)]
     injection = Injection() if attn_t is None else Injection.pnp(steps, attn_t, f_t)
-    settings = EditSettings(3.0, injection, length, MODES[mode])
+    settings = EditSettings(3.0, injection, length, size, MODES[mode])
     got = ours(unet, kind, schedule, settings, (x, source, embeds, keyframes))
     reference = Reference(
         unet, kind, length, 3.0, injection.qk_steps, injection.conv_steps, mode == "official"
@@ -139,6 +139,6 @@ def test_an_edit_is_what_a_plain_reference_makes_of_it(name):
     assert (wanted[-1] - wanted[0]).abs().mean() > 0.01
     # An edit that skips the injection, or makes another, is another edit.
     other = Injection.pnp(steps, 0.75, 0.25) if injection != Injection(3, 1) else Injection()
-    changed = EditSettings(3.0, other, length, MODES[mode])
+    changed = EditSettings(3.0, other, length, size, MODES[mode])
     apart = ours(unet, kind, schedule, changed, (x, source, embeds, keyframes))
     assert (apart[-1] - wanted[-1]).abs().mean() > 5e-4 * wanted[-1].std()

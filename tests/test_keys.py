@@ -39,9 +39,9 @@ LITERAL = {
     "encode": "14d8957d401e6ff459c2c9eb",
     "invert": "eeedeb46a41eb3fd457c53bb",
     "match": "6deb0b68148ffe75635007fb",
-    "edit": "2f94aa28c821f31705edd605",
-    "render": "994c6d9240845f2ea3cab08a",
-    "report": "9e422ee7940a2e8054bd3f5d",
+    "edit": "cc322ead94a4ac7eba6ea193",
+    "render": "6f279443b8086203d43d4739",
+    "report": "4f44e27cd18caad53079ae7b",
 }
 
 

@@ -50,7 +50,8 @@ def test_every_option_changes_something_and_keeps_every_frame(model):
 
 
 @pytest.mark.parametrize(
-    "options_", [{}, {"candidates": 3}, {"reach": 0}, {"radius": 0.3}, {"vote": True}]
+    "options_",
+    [{}, {"candidates": 3, "vote": False}, {"reach": 0}, {"radius": 0.3}, {"vote": False}],
 )
 def test_weights_of_a_field_sum_to_one(options_):
     tokens = [torch.randn(7, 16, 4, generator=torch.Generator().manual_seed(0))]

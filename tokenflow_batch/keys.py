@@ -18,7 +18,7 @@ VERSIONS: Mapping[StageName, int] = {
     "encode": 1,
     "invert": 2,
     "match": 1,
-    "edit": 1,
+    "edit": 2,
     "render": 1,
     "report": 1,
 }

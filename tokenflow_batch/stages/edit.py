@@ -76,7 +76,7 @@ class Edit(Stage):
                 denoiser,
                 hooks,
                 prompts,
-                _edit_settings(context),
+                _edit_settings(context, (frame_shape[1], frame_shape[2])),
                 schedule,
             )
             for step in range(first, s.steps):
@@ -107,12 +107,13 @@ def _state_names(sampler: Sampler) -> list[str]:
     return ["latents", *(f"history_{k}" for k in range(sampler.history))]
 
 
-def _edit_settings(context: StageContext) -> EditSettings:
+def _edit_settings(context: StageContext, latent_hw: tuple[int, int]) -> EditSettings:
     s = context.settings
     return EditSettings(
         guidance_scale=s.guidance_scale,
         injection=injection_of(s),
         batch=s.segment_length,
+        latent_hw=latent_hw,
         mode=MODES[s.mode],
         matching=context.compute.matching,
     )

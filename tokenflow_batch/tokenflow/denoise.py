@@ -98,11 +98,13 @@ class EditSettings:
         batch: ordinary frames per UNet call.
         mode: default or published.
         matching: correspondence backend, where they are found on the way.
+        latent_hw: size of the latents.
     """
 
     guidance_scale: float
     injection: Injection
     batch: int
+    latent_hw: tuple[int, int]
     mode: Mode = DEFAULT
     matching: Backend = "torch"
 
@@ -188,6 +190,7 @@ def _propagation_pass(
         stored_conv_NChw=inputs.conv(batch) if stored and conv_on else None,
         stored_index=inputs.correspondences(batch) if stored else None,
         matching=settings.matching,
+        vote_hw=settings.latent_hw if settings.mode.vote else None,
     )
 
 

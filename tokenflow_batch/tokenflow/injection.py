@@ -7,6 +7,7 @@ decoder's self-attentions from `up_blocks[1].attentions[1]` on.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -44,10 +45,14 @@ class Site:
     level: int
     inject_qk: bool
 
+    def grid(self, latent_hw: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns of this site's tokens for latents of (h, w)."""
+        h, w = (-(-side // 2**self.level) for side in latent_hw)
+        return h, w
+
     def tokens(self, latent_hw: tuple[int, int]) -> int:
         """Tokens of this site for latents of (h, w)."""
-        h, w = (-(-side // 2**self.level) for side in latent_hw)
-        return h * w
+        return math.prod(self.grid(latent_hw))
 
 
 def _level(name: str, levels: int) -> int:

@@ -23,14 +23,16 @@ class Mode:
         stored_source: correspondences and convolution features of the source come from an earlier
             source pass. Otherwise the source branch goes through both passes and everything is
             found on the way, where deeper blocks see propagated instead of true source features.
+        vote: a token is put together from its neighbours' correspondences, too.
     """
 
     neighbours: NeighbourRule
     stored_source: bool
+    vote: bool
 
 
-DEFAULT = Mode(true_neighbours, stored_source=True)
-PUBLISHED = Mode(published_neighbours, stored_source=False)
+DEFAULT = Mode(true_neighbours, stored_source=True, vote=True)
+PUBLISHED = Mode(published_neighbours, stored_source=False, vote=False)
 MODES = {"default": DEFAULT, "official": PUBLISHED}
 
 

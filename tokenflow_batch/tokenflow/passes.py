@@ -7,6 +7,7 @@ other, (R·N) rows, in the order source, negative, target.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ from tokenflow_batch.tokenflow.attention import (
     merge_heads,
     split_heads,
 )
-from tokenflow_batch.tokenflow.correspondence import Backend, match_frames
+from tokenflow_batch.tokenflow.correspondence import Backend, match_frames, vote
 from tokenflow_batch.tokenflow.injection import Site
 from tokenflow_batch.tokenflow.keyframes import Neighbours
 
@@ -182,8 +183,22 @@ class PropagationPass:
         stored_conv_NChw: Tensor | None,
         stored_index: Sequence[Tensor] | None,
         matching: Backend,
+        vote_hw: tuple[int, int] | None = None,
     ) -> None:
+        """Set up a pass.
+
+        Args:
+            keyframe_pass: of the same window and step, performed.
+            neighbours: whom each frame looks at, by position among its keyframes.
+            branches: R.
+            inject_conv: copy the source's convolution features.
+            stored_conv_NChw: those; None takes them from the source branch.
+            stored_index: γ per site, (N, 2, L) int64; None finds them.
+            matching: backend for finding them.
+            vote_hw: latent size (h, w) to let neighbouring tokens vote; None for the plain field.
+        """
         self.keyframe_pass, self.neighbours, self.branches = keyframe_pass, neighbours, branches
+        self.vote_hw = vote_hw
         self.inject_conv, self.stored_conv_NChw = inject_conv, stored_conv_NChw
         self.stored_index, self.matching = stored_index, matching
 
@@ -197,12 +212,28 @@ class PropagationPass:
         """Tokens of the neighbouring keyframes, gathered by correspondence and blended."""
         index_N2L = self._correspondences(site, tokens_NLC)
         out_RKLC = self.keyframe_pass.outputs[site.index][-self.branches :]
-        first, second = (
-            propagate(out_RKLC, index_N2L[:, side], [near_k(n, side) for n in self.neighbours])
-            for side in (0, 1)
-        )
+        first, second = self._sides(site, out_RKLC, index_N2L)
         weight_N11 = torch.tensor([n.weight for n in self.neighbours]).to(first).view(-1, 1, 1)
         return (weight_N11 * first + (1 - weight_N11) * second).flatten(0, 1)
+
+    def _sides(self, site: Site, out_RKLC: Tensor, index_N2L: Tensor) -> tuple[Tensor, Tensor]:
+        """What either keyframe gives, (R, N, L, C) each."""
+        keyframes = [[near_k(n, side) for n in self.neighbours] for side in (0, 1)]
+        if self.vote_hw is None:
+            first, second = (propagate(out_RKLC, index_N2L[:, s], keyframes[s]) for s in (0, 1))
+            return first, second
+        _, width = site.grid(self.vote_hw)
+        index_N2LV, weight_N2LV = vote(index_N2L, width)
+        weight_N2LV = weight_N2LV.to(out_RKLC)
+        sums = []
+        for s in (0, 1):
+            parts = (
+                propagate(out_RKLC, index_N2LV[:, s, :, v], keyframes[s])
+                * weight_N2LV[:, s, :, v, None]
+                for v in range(index_N2LV.shape[-1])
+            )
+            sums.append(functools.reduce(torch.add, parts))
+        return sums[0], sums[1]
 
     def _correspondences(self, site: Site, tokens_NLC: Tensor) -> Tensor:
         if self.stored_index is not None:
