@@ -25,6 +25,7 @@ from jobs import (
     snapshot,
     write_manifest,
 )
+from safetensors.torch import load_file, save_file
 from tiny_model import CHANNELS, FACTOR, copied, edit_json
 from video_files import TICK, VFR, frames_of, make, packets_of
 
@@ -93,6 +94,26 @@ def test_every_frame_comes_out_at_its_time_whatever_their_number(tmp_path, tiny_
     assert metrics["frames"] == frames
     assert (metrics["warp_error"]["edited"] is None) == (frames == 1)
     assert metrics["unet_rows"]["invert"] == 2 * 2 * frames
+
+
+def test_frames_whose_inversion_does_not_converge_are_retried_and_named(
+    tmp_path, tiny_model, caplog
+):
+    model = copied(tiny_model, tmp_path / "model")
+    (weights,) = (model / "unet").glob("*.safetensors")
+    tensors = load_file(weights)
+    tensors["conv_out.weight"] *= 30  # noise that changes wildly with the latent
+    save_file(tensors, weights, metadata={"format": "pt"})
+    clip(tmp_path / "clip.mp4", 5)
+    manifest = write_manifest(tmp_path, model, steps=2)
+    run_one(manifest)
+    metrics = json.loads((tmp_path / "out" / "clip" / "blue" / "metrics.json").read_text())
+    found = metrics["inversion_residual"]
+    assert found["unconverged"] > 0
+    assert found["largest"] > 0.1
+    assert metrics["unet_rows"]["retried"] > 0
+    assert metrics["unet_rows"]["invert"] == 2 * 2 * 5
+    assert f"the worst is frame {found['worst_frame']} " in caplog.text
 
 
 def test_the_video_is_the_decoded_latents(manifest, tiny_model, compute):
