@@ -31,9 +31,14 @@ from tokenflow_batch.tokenflow.ddim import (
 )
 from tokenflow_batch.tokenflow.denoise import Denoiser, EditSettings, Prompts, predict_window
 from tokenflow_batch.tokenflow.injection import Site
-from tokenflow_batch.tokenflow.keyframes import draw_keyframes, segments, true_neighbours
+from tokenflow_batch.tokenflow.keyframes import (
+    Neighbours,
+    draw_keyframes,
+    segments,
+    true_neighbours,
+)
 from tokenflow_batch.tokenflow.modes import DEFAULT, PUBLISHED, Injection, Mode
-from tokenflow_batch.tokenflow.passes import KeyframePass, SourcePass
+from tokenflow_batch.tokenflow.passes import KeyframePass, PropagationPass, SourcePass
 from tokenflow_batch.tokenflow.windows import WindowMoment, batches
 
 BATCH = 8
@@ -199,6 +204,22 @@ class AloneKeyframePass(KeyframePass):
         return result
 
 
+def predict(
+    denoiser: Denoiser,
+    hooks: Hooks,
+    now: Moment,
+    active: KeyframePass | PropagationPass,
+    x: Tensor,
+    frames: list[int],
+) -> tuple[Tensor, ...]:
+    """Noise of some frames during a pass, (N, C, h, w) for each of its branches."""
+    rows = [now.source[frames], x[frames], x[frames]][-active.branches :]
+    embeds = [now.prompts.source, now.prompts.negative, now.prompts.target][-active.branches :]
+    embeds_NTE = torch.cat([e.expand(len(frames), -1, -1) for e in embeds])
+    with hooks.during(active):
+        return denoiser.noise(torch.cat(rows), now.t, now.alpha, embeds_NTE).chunk(active.branches)
+
+
 def per_frame(denoiser: Denoiser, hooks: Hooks, now: Moment, x: Tensor) -> Tensor:
     """Plug-and-Play, every frame for itself."""
     found = []
@@ -212,13 +233,7 @@ def per_frame(denoiser: Denoiser, hooks: Hooks, now: Moment, x: Tensor) -> Tenso
             stored_conv_KChw=now.conv[list(batch)] if conv else None,
             attention=hooks.attention,
         )
-        part = x[list(batch)]
-        rows = [now.source[list(batch)], part, part][-branches:]
-        embeds = [now.prompts.source, now.prompts.negative, now.prompts.target][-branches:]
-        embeds_NTE = torch.cat([e.expand(len(part), -1, -1) for e in embeds])
-        with hooks.during(active):
-            noise = denoiser.noise(torch.cat(rows), now.t, now.alpha, embeds_NTE)
-        *_, negative, target = noise.chunk(branches)
+        *_, negative, target = predict(denoiser, hooks, now, active, x, list(batch))
         found.append(negative + now.thresholds.guidance_scale * (target - negative))
     return torch.cat(found)
 
@@ -244,10 +259,15 @@ class _Inputs:
         return [field_F2L[list(frames)] for field_F2L in self.index]
 
 
+def neighbours(now: Moment) -> list[Neighbours]:
+    """Of every frame, by the default rule."""
+    length = now.thresholds.segment_length
+    return [true_neighbours(f, now.keyframes, length) for f in now.frames]
+
+
 def correspondences(now: Moment) -> list[Tensor]:
     """γ of every frame at every site by the default rule, each (F, 2, L)."""
-    near = [true_neighbours(f, now.keyframes, now.thresholds.segment_length) for f in now.frames]
-    keyframes = list(now.keyframes)
+    near, keyframes = neighbours(now), list(now.keyframes)
     return [match_frames(tokens, tokens[keyframes], near, "torch") for tokens in now.tokens]
 
 

@@ -14,14 +14,14 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
-from methods import Method, Moment, TokenFlow, correspondences
+from methods import Method, Moment, TokenFlow, correspondences, neighbours, predict
 from torch import Tensor
 
 from tokenflow_batch.tokenflow.attention import Hooks, attend, merge_heads, split_heads
 from tokenflow_batch.tokenflow.correspondence import normalise, vote
 from tokenflow_batch.tokenflow.denoise import Denoiser
 from tokenflow_batch.tokenflow.injection import Site
-from tokenflow_batch.tokenflow.keyframes import Neighbours, segments, true_neighbours
+from tokenflow_batch.tokenflow.keyframes import segments
 from tokenflow_batch.tokenflow.modes import DEFAULT, branch_count
 from tokenflow_batch.tokenflow.passes import KeyframePass, PropagationPass, near_k, propagate
 
@@ -43,12 +43,6 @@ class Field:
 
 Restrict = Callable[[Tensor, int], Tensor]
 """(similarities (L, M), tokens per row of the grid) → similarities with some of them ruled out."""
-
-
-def neighbours(now: Moment) -> list[Neighbours]:
-    """Of every frame, by the default rule."""
-    length = now.thresholds.segment_length
-    return [true_neighbours(f, now.keyframes, length) for f in now.frames]
 
 
 def similarities(tokens_FLC: Tensor, frame: int, keyframe: int) -> Tensor:
@@ -231,7 +225,7 @@ class Variant:
             stored_conv_KChw=now.conv[keyframes] if conv else None,
             attention=hooks.attention,
         )
-        _predict(denoiser, hooks, now, joint, x, keyframes, branches)
+        predict(denoiser, hooks, now, joint, x, keyframes)
         fields, near, found = self.building.fields(now), neighbours(now), []
         for start in range(0, len(x), now.thresholds.segment_length):
             batch = list(now.frames[start : start + now.thresholds.segment_length])
@@ -246,26 +240,9 @@ class Variant:
                 ],
                 gate=self.gate,
             )
-            *_, negative, target = _predict(denoiser, hooks, now, spread, x, batch, 2)
+            *_, negative, target = predict(denoiser, hooks, now, spread, x, batch)
             found.append(negative + now.thresholds.guidance_scale * (target - negative))
         return torch.cat(found)
-
-
-def _predict(
-    denoiser: Denoiser,
-    hooks: Hooks,
-    now: Moment,
-    active: KeyframePass | PropagationPass,
-    x: Tensor,
-    frames: list[int],
-    branches: int,
-) -> tuple[Tensor, ...]:
-    """One UNet call, split into its branches."""
-    rows = [now.source[frames], x[frames], x[frames]][-branches:]
-    embeds = [now.prompts.source, now.prompts.negative, now.prompts.target][-branches:]
-    embeds_NTE = torch.cat([e.expand(len(frames), -1, -1) for e in embeds])
-    with hooks.during(active):
-        return denoiser.noise(torch.cat(rows), now.t, now.alpha, embeds_NTE).chunk(branches)
 
 
 def middle_keyframes(now: Moment) -> list[int]:

@@ -80,15 +80,7 @@ VARIANTS: Final[tuple[dict[str, Any], ...]] = (
 )
 """Options of `Clip.random`, in turn."""
 
-STUDIED: Final = Domain(
-    shapes=("circle", "square", "star"),
-    colors=("red", "orange", "yellow", "green", "blue", "purple", "pink", "white"),
-    textures=("solid", "striped"),
-    grounds=("grass", "sand", "water", "night"),
-)
-"""What the first weights knew, for comparing weights on equal terms."""
-
-DOMAINS: Final = {"shipped": SHIPPED, "full": FULL, "studied": STUDIED}
+DOMAINS: Final = {"shipped": SHIPPED, "full": FULL}
 ALL: Final = {**METHODS, **OPTIONS}
 REFERENCES: Final = ("reconstruction", "perfect")
 PLAIN_STEPS: Final = (500, 50)
@@ -144,18 +136,13 @@ def score(frames: Frames, scene: Scene, reconstruction: Frames, classifier: Clas
     warp = {f"warp_{name}": value for name, value in warp_errors(list(frames), clip).items()}
     energy = [gradient_energy(f, m) for f, m in zip(frames, masks, strict=True)]
     return {
-        "success": float(np.mean([s[_judged(scene.kind)] for s in seen])),
+        "success": float(np.mean([s[scene.kind] for s in seen])),
         "in_place": float(np.mean(placed)),
         "background": float("nan") if scene.kind == "ground" else float(np.mean(background)),
         **warp,
         "gradient": float(np.nanmean(energy)),
         **success,
     }
-
-
-def _judged(kind: str) -> str:
-    """The attribute of a reading that an edit of this kind must have changed."""
-    return {"color": "color", "texture": "texture", "ground": "ground"}[kind]
 
 
 def run_scene(

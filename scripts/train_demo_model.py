@@ -91,8 +91,9 @@ def unet(
 ) -> None:
     """Train UNet and text encoder, save the pipeline (15 to 25 minutes on 2 CPU cores, 64 pixels).
 
-    The defaults are 60,000 samples on two processes, enough to follow prompts. For 128 pixels go on
-    with some 35,000 samples from --init (about an hour).
+    The defaults are 60,000 samples on two processes: colours and grounds follow the prompt by then,
+    shapes take several times as many (--steps, or again with --init). For 128 pixels go on with
+    some 35,000 samples from --init (about an hour).
     """
     _prepare(work, threads)
     from demo_training.data import LatentCache

@@ -91,6 +91,7 @@ MISTAKES = {
     "preset no text": ("5.0", "5.0\n  preset: [fast]", 6, "'fast', 'balanced'"),
     "no such technique": ("5.0", "5.0\n  technique: p2p", 6, "'pnp' or 'sdedit'"),
     "overlap of more than half": ("5.0", "5.0\n  window_overlap: 9", 6, "at most half"),
+    "cuts out of order": ("5.0", "5.0\n  cuts: [9, 4]", 6, "must ascend"),
     "negative cut": ("5.0", "5.0\n  cuts: [-3]", 6, "greater than or equal to 1"),
     "share above one": ("5.0", "5.0\n  attn_t: 50", 6, "less than or equal to 1"),
     "resolution a number": ("5.0", "5.0\n  resolution: 512", 6, "tuple"),

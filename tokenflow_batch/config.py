@@ -6,10 +6,11 @@ Plain data, importable without torch. Names are those of diffusers and the paper
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 Dtype = Literal["auto", "fp32", "fp16", "bf16"]
 Technique = Literal["pnp", "sdedit"]
@@ -18,8 +19,16 @@ StageName = Literal["encode", "invert", "match", "edit", "render", "report"]
 
 STAGES: tuple[StageName, ...] = ("encode", "invert", "match", "edit", "render", "report")
 
+
+def _ascending(cuts: tuple[int, ...]) -> tuple[int, ...]:
+    if any(a >= b for a, b in pairwise(cuts)):
+        raise ValueError("must ascend, each frame once")
+    return cuts
+
+
 UNIT_SIDE = Annotated[int, Field(ge=8, le=16384)]
 SHARE = Annotated[float, Field(ge=0, le=1)]
+CUTS = Annotated[tuple[Annotated[int, Field(ge=1)], ...], AfterValidator(_ascending)]
 
 
 class Frozen(BaseModel):
@@ -61,7 +70,7 @@ class Settings(Frozen):
         1, ge=0, le=100, description="extra fixed-point iterations per step; 0 is plain inversion"
     )
     mode: Literal["default", "official"] = "default"
-    cuts: Literal["auto", "none"] | tuple[Annotated[int, Field(ge=1)], ...] = Field(
+    cuts: Literal["auto", "none"] | CUTS = Field(
         "auto", description="first frames of new shots; `auto` finds them, none is crossed"
     )
     segment_length: int = Field(8, ge=1, le=4096, description="B, frames per keyframe")

@@ -15,7 +15,7 @@ from tokenflow_batch.config import Job, Settings, StageName
 from tokenflow_batch.files import digest_json
 
 VERSIONS: Mapping[StageName, int] = {
-    "encode": 1,
+    "encode": 2,
     "invert": 2,
     "match": 1,
     "edit": 2,

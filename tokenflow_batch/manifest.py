@@ -20,8 +20,6 @@ VIDEO_SUFFIXES = frozenset(
     | {".wmv", ".flv", ".ogv", ".3gp", ".gif"}
 )
 
-# A name becomes a file or folder name: no separators, no control characters, not hidden.
-
 
 def _short_enough(name: str) -> str:
     if len(name.encode()) > 200:
@@ -29,6 +27,7 @@ def _short_enough(name: str) -> str:
     return name
 
 
+# A name becomes a file or folder name: no separators, no control characters, not hidden.
 Name = Annotated[
     str,
     AfterValidator(_short_enough),

@@ -239,8 +239,8 @@ class Runner:
         if isinstance(error, MemoryError | torch.cuda.OutOfMemoryError) or _NO_MEMORY in str(error):
             return OutOfMemoryError(
                 f"out of memory: {str(error).splitlines()[0] if str(error) else 'host'}",
-                hint="lower `vae_batch` (encode, render), `unet_batch` (invert, match) or "
-                "`resolution`; `edit` holds all keyframes of a clip, so a shorter clip helps too",
+                hint="lower `vae_batch` (encode, render), `unet_batch` (invert, match), "
+                "`window_segments` (edit) or `resolution`",
             )
         if isinstance(error, OSError) and error.filename is not None:
             return StoreError(

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import Final, TypedDict
 
 import numpy as np
+
+from tokenflow_batch.demo.stills import APART, MARGIN, PAIR_RADIUS_RANGE
+
+_PAIR_RADIUS: Final = 0.19
+"""Largest radius of two objects that move in their halves of the image."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +121,28 @@ def sweep(
     phase = rng.uniform(0, math.tau)
     period = math.tau * amplitude / velocity if velocity else math.inf
     return Wave(centre, amplitude, period, phase)
+
+
+def half_track(
+    rng: np.random.Generator,
+    middle: float,
+    mean: float,
+    *,
+    zoom: float,
+    turn: float,
+    velocity: float,
+) -> Track:
+    """Draw a path within the left (`middle` 0.25) or right half of the image (0.75)."""
+    mean = clamp(mean, PAIR_RADIUS_RANGE[0] / (1 - zoom), _PAIR_RADIUS / (1 + zoom))
+    largest = mean * (1 + zoom)
+    across = 0.25 - APART * largest
+    return Track(
+        # Slower across, where there is less room: at full speed it would be a tremor.
+        x=sweep(rng, APART * largest, velocity * across / 0.25, middle, 0.25),
+        y=sweep(rng, MARGIN * largest, velocity),
+        radius=swing(rng, mean, zoom * mean),
+        angle=swing(rng, 0.0, turn),
+    )
 
 
 def draw_post(rng: np.random.Generator, size: int) -> Post:

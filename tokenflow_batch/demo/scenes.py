@@ -29,15 +29,22 @@ import numpy as np
 import numpy.typing as npt
 
 from tokenflow_batch.demo.captions import caption, describe
-from tokenflow_batch.demo.motion import Post, Track, Wave, clamp, draw_post, sweep, swing
+from tokenflow_batch.demo.motion import (
+    Post,
+    Track,
+    Wave,
+    clamp,
+    draw_post,
+    half_track,
+    sweep,
+    swing,
+)
 from tokenflow_batch.demo.stills import (
-    APART,
     FULL,
     GAIN_RANGE,
     LIGHT_RANGE,
     MARGIN,
     MAX_ANGLE,
-    PAIR_RADIUS_RANGE,
     RADIUS_RANGE,
     SHIPPED,
     Domain,
@@ -73,9 +80,6 @@ __all__ = [
 
 _REFERENCE_SIZE: Final = 128
 _POST_RGB: Final = (70, 66, 62)
-
-_PAIR_RADIUS: Final = 0.19
-"""Largest radius of two objects that move in their halves of the image."""
 
 GROUND, OBJECT, SECOND, POST = 0, 1, 2, 3
 """Layers, from the back to the front."""
@@ -180,10 +184,9 @@ class Clip:
         first, second = Track(x, y, radius, angle), None
         if two:
             scene = with_second(rng, scene, domain)
-            halves = ((0.25, scene.radius), (0.75, scene.second.radius if scene.second else 0.0))
             first, second = (
-                _half_track(rng, middle, mean, zoom=zoom, turn=turn, velocity=velocity)
-                for middle, mean in halves
+                half_track(rng, middle, thing.radius, zoom=zoom, turn=turn, velocity=velocity)
+                for middle, thing in zip((0.25, 0.75), scene.objects, strict=True)
             )
         middle_light = sum(LIGHT_RANGE) / 2 if dim else scene.light
         return cls(
@@ -357,28 +360,6 @@ class Clip:
             return slice(0, 0)
         left = self.post.left(index, self.size)
         return slice(max(0, left), max(0, left + self.post.width))
-
-
-def _half_track(
-    rng: np.random.Generator,
-    middle: float,
-    mean: float,
-    *,
-    zoom: float,
-    turn: float,
-    velocity: float,
-) -> Track:
-    """Draw a path within the left (`middle` 0.25) or right half of the image (0.75)."""
-    mean = clamp(mean, PAIR_RADIUS_RANGE[0] / (1 - zoom), _PAIR_RADIUS / (1 + zoom))
-    largest = mean * (1 + zoom)
-    across = 0.25 - APART * largest
-    return Track(
-        # Slower across, where there is less room: at full speed it would be a tremor.
-        x=sweep(rng, APART * largest, velocity * across / 0.25, middle, 0.25),
-        y=sweep(rng, MARGIN * largest, velocity),
-        radius=swing(rng, mean, zoom * mean),
-        angle=swing(rng, 0.0, turn),
-    )
 
 
 def _require(name: str, value: float, low: float, high: float) -> None:
