@@ -84,6 +84,7 @@ def unet(
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 1500,
     batch: Annotated[int, typer.Option(help="Samples per step and process.")] = 20,
     learning_rate: Annotated[float, typer.Option(help="Peak of the schedule.")] = 1e-3,
+    hold: Annotated[float, typer.Option(help="Share of steps before the rate falls.")] = 0.55,
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 100,
     latents: Annotated[str, typer.Option(help="Name given to the latents stage.")] = "latents",
     init: Annotated[Path | None, typer.Option(help="Pipeline to start from.")] = None,
@@ -107,6 +108,7 @@ def unet(
         steps=steps,
         batch=batch,
         learning_rate=learning_rate,
+        hold=hold,
         save_every=save_every,
         init=init,
     )

@@ -20,9 +20,10 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from tokenflow_batch.demo.scenes import Domain, SceneParams, render, sample
-from tokenflow_batch.demo.stills import TRAINED
+from tokenflow_batch.demo.stills import TRAINED, render_layers
 
 _LATENTS: Final = "latents.npy"
+_COVER: Final = "cover.npy"
 _DESCRIPTION: Final = "cache.json"
 
 
@@ -63,12 +64,31 @@ def images(scenes: Iterable[SceneParams], size: int) -> Tensor:
     return pixels_NCHW / 127.5 - 1
 
 
+def cover(params: SceneParams, size: int, downscale: int) -> npt.NDArray[np.uint8]:
+    """Share of each latent pixel that objects cover.
+
+    Args:
+        params: the scene.
+        size: side of its image in pixels.
+        downscale: pixels per latent pixel.
+
+    Returns:
+        (h, w) uint8, 255 for all of it.
+    """
+    _, first_HW, second_HW = render_layers(params, size)
+    latent = size // downscale
+    tiles = np.maximum(first_HW, second_HW).reshape(latent, downscale, latent, downscale)
+    share_hw: npt.NDArray[np.uint8] = np.rint(tiles.mean((1, 3)) * 255).astype(np.uint8)
+    return share_hw
+
+
 @dataclass(frozen=True)
 class LatentCache:
     """Scenes encoded once, for all epochs of the UNet.
 
     Attributes:
-        folder: with latents.npy, (count, 4, h, w) float32, and cache.json, the fields below.
+        folder: with latents.npy, (count, 4, h, w) float32, cover.npy, (count, h, w) uint8, and
+            cache.json, the fields below.
         seed: of the scenes.
         count: scenes in all.
         size: side of their images in pixels.
@@ -93,30 +113,44 @@ class LatentCache:
         latents_NChw: npt.NDArray[np.float32] = np.load(self.folder / _LATENTS, mmap_mode="r")
         return latents_NChw
 
+    def cover(self) -> npt.NDArray[np.uint8]:
+        """The share of each latent pixel that objects cover: (count, h, w) uint8, 255 for all."""
+        share_Nhw: npt.NDArray[np.uint8] = np.load(self.folder / _COVER, mmap_mode="r")
+        return share_Nhw
+
     def scene(self, index: int) -> SceneParams:
         """What the `index`-th latents show."""
         return scene(self.seed, Stream.SCENES, index, TRAINED)
 
     def create(self, downscale: int) -> None:
-        """Make the file of latents, all zeros; `downscale` is pixels per latent pixel."""
+        """Make the files, all zeros; `downscale` is pixels per latent pixel."""
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / _DESCRIPTION).unlink(missing_ok=True)
-        shape = (self.count, 4, self.size // downscale, self.size // downscale)
-        path = self.folder / _LATENTS
-        np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape).flush()
+        h = w = self.size // downscale
+        for name, dtype, shape in (
+            (_LATENTS, np.float32, (self.count, 4, h, w)),
+            (_COVER, np.uint8, (self.count, h, w)),
+        ):
+            path = self.folder / name
+            np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape).flush()
 
     @torch.inference_mode()
     def fill(self, vae: AutoencoderKL, rank: int, processes: int, batch: int = 32) -> None:
         """Encode one process's share of the scenes with an AutoencoderKL, `batch` at a time."""
         latents_NChw = np.lib.format.open_memmap(self.folder / _LATENTS, mode="r+")
+        share_Nhw = np.lib.format.open_memmap(self.folder / _COVER, mode="r+")
         first, last = self.count * rank // processes, self.count * (rank + 1) // processes
         for start in range(first, last, batch):
             stop = min(start + batch, last)
-            pixels = images((self.scene(i) for i in range(start, stop)), self.size)
+            scenes = [self.scene(i) for i in range(start, stop)]
+            pixels = images(scenes, self.size)
             # The posterior's mean: its noise would only blur what the UNet has to learn.
             mean = vae.encode(pixels.to(vae.device)).latent_dist.mode()
             latents_NChw[start:stop] = (mean * vae.config.scaling_factor).cpu().numpy()
+            downscale = self.size // latents_NChw.shape[-1]
+            share_Nhw[start:stop] = [cover(params, self.size, downscale) for params in scenes]
         latents_NChw.flush()
+        share_Nhw.flush()
 
     def describe(self) -> str:
         """The scenes as JSON: what decides the content but for the autoencoder."""
