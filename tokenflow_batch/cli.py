@@ -189,10 +189,15 @@ def _run(batch: Batch, stages: tuple[StageName, ...], force: list[str], as_json:
     forced = [_stage_name(stage) for stage in force]
     with _messages():
         from tokenflow_batch.console import progress_bars
+        from tokenflow_batch.distributed import Team
         from tokenflow_batch.runner import Runner, exit_code
 
-        with progress_bars() as progress:
-            results = Runner(batch, progress).run(stages, force=forced)
+        team = Team.of_launch()
+        with progress_bars(shown=team.leads) as progress:
+            results = Runner(batch, progress, team).run(stages, force=forced)
+        team.close()
+    if not team.leads:
+        return
     if as_json:
         jobs = [
             {

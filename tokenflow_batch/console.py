@@ -23,8 +23,11 @@ from tokenflow_batch.stages.base import Progress as ProgressFactory
 
 
 @contextmanager
-def progress_bars() -> Iterator[ProgressFactory]:
-    """A factory of progress bars on stderr, with time left; log lines appear above them."""
+def progress_bars(*, shown: bool = True) -> Iterator[ProgressFactory]:
+    """A factory of progress bars on stderr, with time left; log lines appear above them.
+
+    Silent where stderr is no terminal, or nothing is to be `shown`.
+    """
     console = Console(stderr=True)
     columns = (
         TextColumn("{task.description}"),
@@ -33,7 +36,7 @@ def progress_bars() -> Iterator[ProgressFactory]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    if not console.is_terminal:
+    if not (shown and console.is_terminal):
         yield _silent
         return
     handler = RichHandler(console=console, show_time=False, show_path=False)

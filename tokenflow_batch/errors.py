@@ -10,7 +10,8 @@ TokenflowBatchError           1   anything below; also "several jobs failed for 
 │   └── NumericsMismatch      6   half-done work was begun under other numerics
 ├── DiskFullError             7   no space left where the work folder or the output is
 ├── OutOfMemoryError          8   the device or the host has too little memory for the settings
-└── LockedError               9   another process is at work on the same stage of the same clip
+├── LockedError               9   another process is at work on the same stage of the same clip
+└── LaunchError              10   the processes of a launch don't find each other
 
 Stopped by SIGINT or SIGTERM, the command line exits with 130 or 143.
 
@@ -95,6 +96,21 @@ class LockedError(TokenflowBatchError):
     """Another process holds the stage."""
 
     exit_code = 9
+
+
+class LaunchError(TokenflowBatchError):
+    """The launcher's processes are not what it announced."""
+
+    exit_code = 10
+
+
+def revived(kind: str, message: str, hint: str | None) -> TokenflowBatchError:
+    """An error of another process, from its class's name and its texts."""
+    known = globals().get(kind)
+    wanted = known if isinstance(known, type) and issubclass(known, TokenflowBatchError) else None
+    error = (wanted or TokenflowBatchError).__new__(wanted or TokenflowBatchError)
+    TokenflowBatchError.__init__(error, message, hint=hint)
+    return error
 
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}

@@ -13,6 +13,7 @@ STAGE/KEY/key.json         what the key stands for
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,6 +79,14 @@ class StageFolder:
     def committed(self, unit: str) -> bool:
         """Whether the unit's work is done (its files may have been dropped since)."""
         return self.record(unit) is not None
+
+    def refresh(self) -> None:
+        """Have the operating system look at the folder anew: other machines may write to it.
+
+        Network file systems remember for a minute that a file was not there; opening its folder
+        makes them ask.
+        """
+        os.close(os.open(self._commits, os.O_RDONLY))
 
     def available(self, unit: str) -> bool:
         """Whether the unit is done and its files are still kept."""
@@ -235,7 +244,7 @@ class StageFolder:
         for unit in self.units():
             record = self.record(unit)
             flaw = None if record is None or record.dropped else self._flaw(record)
-            if flaw is not None:
+            if flaw is not None and self.record(unit) == record:  # not dropped meanwhile
                 raise self._damage(unit, flaw)
 
     def _flaw(self, record: Record) -> str | None:

@@ -68,8 +68,12 @@ def _device_name(device: torch.device) -> str:
     return f"{name}, CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"
 
 
-def resolve(runtime: Runtime) -> Compute:
+def resolve(runtime: Runtime, local_rank: int = 0) -> Compute:
     """Choose device, dtype and backends, and set this process's thread count.
+
+    Args:
+        runtime: as configured.
+        local_rank: of this process on its machine; each has a GPU of its own.
 
     Raises:
         ModelError: the device isn't there, or a backend was asked for that can't work on it.
@@ -77,6 +81,8 @@ def resolve(runtime: Runtime) -> Compute:
     name = runtime.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{local_rank % max(1, torch.cuda.device_count())}"
     try:
         device = torch.device(name)
         torch.empty(1, device=device)

@@ -8,16 +8,19 @@ from __future__ import annotations
 import filecmp
 import logging
 import shutil
+import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from filelock import FileLock, Timeout
 
 from tokenflow_batch.config import STAGES, Batch, Job, StageName
+from tokenflow_batch.distributed import Team
 from tokenflow_batch.errors import (
     DamagedUnit,
     DiskFullError,
@@ -27,16 +30,28 @@ from tokenflow_batch.errors import (
     StoreError,
     TokenflowBatchError,
     disk_full,
+    revived,
 )
 from tokenflow_batch.files import replacing
 from tokenflow_batch.inputs import Inputs
+from tokenflow_batch.ledger import COMPLETE, StageFolder
 from tokenflow_batch.models import Compute, Model, load, resolve
 from tokenflow_batch.stages import IMPLEMENTATIONS
 from tokenflow_batch.stages.base import Progress, StageContext
 from tokenflow_batch.stages.render import VIDEO, VIDEO_FILE
 from tokenflow_batch.stages.report import METRICS, REPORT, SHEET, SIDE_BY_SIDE
+from tokenflow_batch.stages.sharing import JobOver, NothingToDo, Sharing
 
 log = logging.getLogger("tokenflow_batch")
+
+Outcome = dict[str, Any]
+"""A job's end as plain data (`Runner._outcome`)."""
+
+_PATIENCE = 5.0
+"""Seconds that a helping process waits for others before it looks for another job."""
+
+_LOCKED_PAUSE = 2.0
+"""Seconds between two looks at a stage that another run is working on."""
 
 _NO_MEMORY = "DefaultCPUAllocator: can't allocate memory"  # torch has no class for it
 
@@ -59,78 +74,178 @@ class JobResult:
     outputs: list[Path] = field(default_factory=list)
     error: TokenflowBatchError | None = None
 
+    def take(self, told: Outcome) -> None:
+        """Take over what the process that ran the job says of it."""
+        self.ran += [stage for stage in told["ran"] if stage not in self.ran]
+        fresh = [stage for stage in told["skipped"] if stage not in (*self.skipped, *self.ran)]
+        self.skipped += fresh
+        self.outputs += [Path(p) for p in told["outputs"] if Path(p) not in self.outputs]
+        self.error = told["error"] and revived(told["error"], told["message"], told["hint"])
+
 
 class Runner:
-    """Runs a batch on this machine, in this process.
+    """Runs a batch in this process, or in this process's part of a team.
+
+    Every job belongs to the process that claims it first, longest jobs first. A process that finds
+    none left helps with those that others are at, unit by unit. What went wrong in a way that can
+    be mended (a damaged unit, a stage locked by another run) is tried again in a further round,
+    which begins when all processes have ended the one before.
 
     Args:
         batch: the resolved manifest.
         progress: makes progress bars.
+        team: the processes; this one alone unless given.
 
     Raises:
         ModelError: the model can't be found, or the runtime section asks for what isn't there.
     """
 
-    def __init__(self, batch: Batch, progress: Progress) -> None:
+    def __init__(self, batch: Batch, progress: Progress, team: Team | None = None) -> None:
         self.batch, self.progress = batch, progress
-        self.compute: Compute = resolve(batch.runtime)
+        self.team = team or Team()
+        self.compute: Compute = resolve(batch.runtime, self.team.local_rank)
         self.inputs = Inputs.of(batch)
         self._model: Model | None = None
+        self._mended: set[tuple[str, ...]] = set()
+        self._locks: list[FileLock] = []
 
     def run(
         self, stages: Sequence[StageName] = STAGES, *, force: Sequence[StageName] = ()
     ) -> list[JobResult]:
-        """Run the given stages of every job, in order.
+        """Run the given stages of every job.
 
         Args:
             stages: which; earlier ones that are left out must be done already.
             force: of these, begin anew even what is done or half done.
-        """
-        forced: set[Path] = set()
-        results = []
-        for job in self.batch.jobs:
-            result = JobResult(job)
-            results.append(result)
-            try:
-                self._job(result, stages, force, forced)
-            except Exception as error:  # the batch goes on, whatever it was
-                result.error = self._translate(job, error)
-            if result.error is not None:
-                log.error("%s (%s): %s", job.name, job.where, result.error)
-        return results
 
-    def _job(
-        self,
-        result: JobResult,
-        stages: Sequence[StageName],
-        force: Sequence[StageName],
-        forced: set[Path],
-    ) -> None:
-        job, context = result.job, self.context(result.job)
-        for stage in force:
-            self._begin_anew(context, stage, forced)
-        seen: set[tuple[str, str]] = set()
+        Returns:
+            What became of the jobs, in the manifest's order; the same in every process of a team.
+        """
+        failed = self.team.agree("force", lambda: self._force(force)) if force else {}
+        results = {job.name: JobResult(job) for job in self.batch.jobs}
+        for name, outcome in failed.items():
+            results[name].take(outcome)
+        todo = [job for job in _longest_first(self.batch.jobs) if job.name not in failed]
+        while todo:
+            told = self._round(todo, stages)
+            for job in todo:
+                results[job.name].take(told[job.name])
+            todo = self._again([(job, told[job.name]) for job in todo], stages)
+            self.team.next_epoch()
+            if any(told[job.name]["locked"] for job in todo):
+                time.sleep(_LOCKED_PAUSE)
+        return list(results.values())
+
+    def _round(self, jobs: Sequence[Job], stages: Sequence[StageName]) -> dict[str, Outcome]:
+        """Everybody works until every job has an outcome, good or bad."""
+        for job in jobs:
+            if self.team.claim(f"job/{job.name}"):
+                self.team.put(f"outcome/{job.name}", self._attempt(job, stages))
         while True:
-            try:
-                for stage in stages:
-                    self._stage(context, stage, result)
-                    self._publish(context, stage, result)
+            open_jobs = [job for job in jobs if self.team.get(f"outcome/{job.name}") is None]
+            if not open_jobs:
                 break
-            except DamagedUnit as damage:
-                if (damage.stage, damage.unit) in seen or damage.stage not in stages:
-                    raise
-                seen.add((damage.stage, damage.unit))
-                folder = context.folder(damage.stage)  # type: ignore[arg-type]
-                folder.forget(damage.unit)
-                more = folder.forget_flawed()
-                what = f"it and {more} more units are" if more else "it is"
-                log.warning("%s: %s; %s computed again", job.name, damage.message, what)
+            for job in open_jobs:
+                self._help(job, stages, None if len(open_jobs) == 1 else _PATIENCE)
+        self.team.barrier("round")
+        for lock in self._locks:
+            lock.release()
+        self._locks.clear()
+        return {job.name: cast(Outcome, self.team.get(f"outcome/{job.name}")) for job in jobs}
+
+    def _attempt(self, job: Job, stages: Sequence[StageName]) -> Outcome:
+        """See a job of one's own through; never raises what the batch should survive."""
+        result = JobResult(job)
+        trouble = f"trouble/{job.name}"
+        sharing = Sharing(self.team, over=lambda: self.team.get(trouble) is not None)
+        try:
+            context = self.context(job, sharing)
+            for stage in stages:
+                self._stage(context, stage, result)
+                self._publish(context, stage, result)
+        except JobOver:
+            return cast(Outcome, self.team.get(trouble))
+        except Exception as error:  # the batch goes on, whatever it was
+            outcome = self._outcome(result, error)
+            if not _mendable(outcome):
+                _say_failed(job, outcome)
+            return outcome
+        return self._outcome(result, None)
+
+    def _help(self, job: Job, stages: Sequence[StageName], patience: float | None) -> None:
+        """Take part in a job that belongs to another process, as long as there is work."""
+
+        def over() -> bool:
+            return self.team.get(f"outcome/{job.name}") is not None
+
+        try:
+            context = self.context(job, Sharing(self.team, over, patience))
+            for stage in stages:
+                if over():
+                    return
+                self._stage(context, stage, JobResult(job))
+        except (JobOver, NothingToDo):
+            return
+        except Exception as error:  # the owner, who may be waiting for this unit, has to know
+            self.team.put(f"trouble/{job.name}", self._outcome(JobResult(job), error))
+            patience = None
+        self.team.wait(over, patience)  # for the owner's last words
+
+    def _again(
+        self, ended: Sequence[tuple[Job, Outcome]], stages: Sequence[StageName]
+    ) -> list[Job]:
+        """The jobs whose failure another round can mend; prepares it."""
+        jobs, earlier = [], frozenset(self._mended)
+        for job, outcome in ended:
+            if not _mendable(outcome):
+                continue
+            damage = tuple(outcome["damaged"] or ())
+            if damage and (damage in earlier or damage[0] not in stages):
+                if self.team.leads:
+                    _say_failed(job, outcome)
+                continue
+            jobs.append(job)
+            if damage and damage not in self._mended:
+                self._mended.add(damage)
+                self._mend(job, outcome)
+            elif outcome["locked"] and self.team.leads:
+                log.warning("%s: %s; waiting for it", job.name, outcome["message"])
+        return jobs
+
+    def _mend(self, job: Job, outcome: Outcome) -> None:
+        """Forget a damaged unit, and whatever else of its stage is visibly damaged."""
+        stage, key, unit = outcome["damaged"]
+
+        def forget() -> int:
+            folder = StageFolder(self.inputs.workspace.stage(stage, key), stage, key)
+            folder.forget(unit)
+            return folder.forget_flawed()
+
+        more = self.team.agree(f"mend/{stage}/{key}/{unit}", forget)
+        if self.team.leads:
+            what = f"it and {more} more units are" if more else "it is"
+            log.warning("%s: %s; %s computed again", job.name, outcome["message"], what)
+
+    def _outcome(self, result: JobResult, error: Exception | None) -> Outcome:
+        """A job's end as plain data, for every process of the team."""
+        told = None if error is None else self._translate(result.job, error)
+        damaged = [error.stage, error.key, error.unit] if isinstance(error, DamagedUnit) else None
+        return {
+            "job": result.job.name,
+            "ran": result.ran,
+            "skipped": result.skipped,
+            "outputs": [str(path) for path in result.outputs],
+            "error": told and type(told).__name__,
+            "message": told and told.message,
+            "hint": told and told.hint,
+            "damaged": damaged,
+            "locked": isinstance(error, LockedError),
+        }
 
     def _stage(self, context: StageContext, stage: StageName, result: JobResult) -> None:
         implementation, folder = IMPLEMENTATIONS[stage], context.folder(stage)
         if folder.complete:
-            if stage not in (*result.skipped, *result.ran):
-                result.skipped.append(stage)
+            result.skipped.append(stage)
             return
         for needed in implementation.inputs:
             if not context.folder(needed).complete:
@@ -139,29 +254,58 @@ class Runner:
                     hint=f"run `tokenflow-batch {needed}` first, or `tokenflow-batch run`",
                 )
         with self._locked(context, stage):
-            folder.open(context.keys[stage].described, self.compute.numerics())
-            implementation.run(context, folder)
-            folder.finish({})
-        if stage not in result.ran:
-            result.ran.append(stage)
+            if not folder.complete:  # another run may have finished it meanwhile
+                folder.open(context.keys[stage].described, self.compute.numerics())
+                implementation.run(context, folder)
+                context.sharing.once(folder, COMPLETE, lambda: folder.finish({}))
+        result.ran.append(stage)
 
     @contextmanager
     def _locked(self, context: StageContext, stage: StageName) -> Iterator[None]:
-        """Hold the stage's lock, which the operating system releases if this process dies."""
-        path = self.inputs.workspace.lock(stage, context.keys[stage].key)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        """Keep other runs out of a stage, by a lock that is released if this process dies.
+
+        One process of a team holds it for all, until it leaves the stage: by then it is done.
+        """
+        key = context.keys[stage].key
+        path = self.inputs.workspace.lock(stage, key)
         lock = FileLock(path, timeout=0)
-        try:
-            lock.acquire()
-        except Timeout:
+
+        def acquire() -> bool:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                lock.acquire()
+            except Timeout:
+                return False
+            return True
+
+        if not self.team.agree(f"lock/{stage}/{key}", acquire):
             raise LockedError(
-                f"{stage} of {context.job.name} is being worked on by another process",
+                f"{stage} of {context.job.name} is being worked on by another run",
                 hint="wait for it, or run again later: nothing is lost",
-            ) from None
+            )
         try:
             yield
-        finally:
+        except NothingToDo:
+            self._locks.append(lock)  # others go on: keep it for them until the round ends
+            raise
+        except BaseException:
             lock.release()
+            raise
+        lock.release()
+
+    def _force(self, stages: Sequence[StageName]) -> dict[str, Outcome]:
+        """Begin stages of all jobs anew; returns the outcomes of jobs where that failed."""
+        forced: set[Path] = set()
+        failed = {}
+        for job in self.batch.jobs:
+            try:
+                context = self.context(job)
+                for stage in stages:
+                    self._begin_anew(context, stage, forced)
+            except Exception as error:  # the batch goes on
+                failed[job.name] = self._outcome(JobResult(job), error)
+                _say_failed(job, failed[job.name])
+        return failed
 
     def _begin_anew(self, context: StageContext, stage: StageName, forced: set[Path]) -> None:
         """Remove a stage's result, and those of later stages, which came from it."""
@@ -188,8 +332,12 @@ class Runner:
             self._model = load(self.inputs.model, self.compute)
         return self._model
 
-    def context(self, job: Job) -> StageContext:
+    def context(self, job: Job, sharing: Sharing | None = None) -> StageContext:
         """What the job's stages work with; also the way to their results.
+
+        Args:
+            job: which.
+            sharing: this process's part in it; all of it unless given.
 
         Raises:
             VideoError: the video can't be read.
@@ -202,6 +350,7 @@ class Runner:
             model=lambda: self.model,
             progress=lambda what, total: self.progress(f"{job.name} {what}", total),
             warn=log.warning,
+            sharing=sharing or Sharing(Team()),
         )
 
     def _publish(self, context: StageContext, stage: StageName, result: JobResult) -> None:
@@ -258,6 +407,30 @@ class Runner:
         return TokenflowBatchError(
             f"unexpected {type(error).__name__}: {error}", hint=f"a bug, please report it; {where}"
         )
+
+
+def _longest_first(jobs: Sequence[Job]) -> list[Job]:
+    """Jobs by the size of their videos, so that none is left for last that takes longest.
+
+    Jobs of a clip stay together, in the manifest's order. A missing file is nothing.
+    """
+
+    def size(job: Job) -> int:
+        try:
+            return job.video.stat().st_size
+        except OSError:
+            return 0
+
+    return sorted(jobs, key=size, reverse=True)
+
+
+def _mendable(outcome: Outcome) -> bool:
+    return bool(outcome["locked"] or outcome["damaged"])
+
+
+def _say_failed(job: Job, outcome: Outcome) -> None:
+    error = revived(outcome["error"], outcome["message"], outcome["hint"])
+    log.error("%s (%s): %s", job.name, job.where, error)
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -69,7 +69,8 @@ class ArraySpec:
         return (*(1 for _ in self.lead), 1, *self.tail)
 
 
-def _lay_out(stage: StageFolder, specs: Mapping[str, ArraySpec]) -> None:
+def lay_out(stage: StageFolder, specs: Mapping[str, ArraySpec]) -> None:
+    """Make the group and its empty arrays, and commit them."""
     root = stage.folder / "data.zarr"
     for stale in root.rglob("zarr.json"):
         stale.unlink()  # left by a killed process, or damaged; the shards keep their worth
@@ -113,8 +114,8 @@ class ArrayStore:
     @classmethod
     def create(cls, stage: StageFolder, specs: Mapping[str, ArraySpec]) -> ArrayStore:
         """Open the arrays for writing, laying them out first if that has not been committed."""
-        if not stage.available(LAYOUT):
-            _lay_out(stage, specs)
+        if not stage.committed(LAYOUT):
+            lay_out(stage, specs)
         return cls(stage, specs)
 
     @classmethod

@@ -9,10 +9,13 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from tokenflow_batch.config import Job, Settings, StageName
+from tokenflow_batch.distributed import Team
 from tokenflow_batch.keys import StageKey
 from tokenflow_batch.ledger import StageFolder
 from tokenflow_batch.models import Compute, Model
 from tokenflow_batch.paths import Workspace
+from tokenflow_batch.stages.sharing import Sharing
+from tokenflow_batch.store import LAYOUT, ArraySpec, ArrayStore, lay_out
 
 Advance = Callable[[int], None]
 """Tells a progress bar that so many frames (times steps) are done."""
@@ -33,6 +36,7 @@ class StageContext:
         model: loads the model, once.
         progress: makes a progress bar.
         warn: tells the user something that doesn't stop the job.
+        sharing: this process's part in the job.
     """
 
     job: Job
@@ -42,6 +46,7 @@ class StageContext:
     model: Callable[[], Model]
     progress: Progress
     warn: Callable[[str], None]
+    sharing: Sharing = field(default_factory=lambda: Sharing(Team()))
     _folders: dict[StageName, StageFolder] = field(default_factory=dict, repr=False)
 
     @property
@@ -55,6 +60,11 @@ class StageContext:
         return self._folders.setdefault(
             stage, StageFolder(self.workspace.stage(stage, key), stage, key)
         )
+
+    def store(self, folder: StageFolder, specs: Mapping[str, ArraySpec]) -> ArrayStore:
+        """A stage's own arrays, laid out if they aren't yet."""
+        self.sharing.once(folder, LAYOUT, lambda: lay_out(folder, specs))
+        return ArrayStore(folder, specs)
 
     @property
     def float_dtype(self) -> str:

@@ -48,11 +48,11 @@ class Edit(Stage):
         source = InvertedLatents(context.folder("invert"), schedule, inversion)
         layout, sampler = clip.layout(s), SAMPLERS[s.sampler]
         frame_shape = model.frame_shape(clip.geometry.working)
-        store = ArrayStore.create(folder, _specs(clip, layout, s, sampler, frame_shape))
+        store = context.store(folder, _specs(clip, layout, s, sampler, frame_shape))
         prompts = Prompts(*(model.embed(p) for p in (s.source_prompt, s.negative_prompt, s.prompt)))
-        first = _resume_at(folder, clip, s)
-        for step in range(first):  # a killed process may not have come to it
-            _drop_step(folder, step, layout.windows, clip)
+        first = context.sharing.agree(
+            folder, "first step", lambda: _resume_at(folder, clip, layout.windows, s)
+        )
         denoiser = Denoiser(model.unet, model.prediction_type)
         with (
             tokenflow_hooks(model.unet, context.compute.attention, s.conv_site) as hooks,
@@ -119,7 +119,9 @@ def _edit_settings(context: StageContext, latent_hw: tuple[int, int]) -> EditSet
     )
 
 
-def _resume_at(folder: StageFolder, clip: Clip, settings: Settings) -> int:
+def _resume_at(
+    folder: StageFolder, clip: Clip, windows: Sequence[Window], settings: Settings
+) -> int:
     """The step to go on with: the last one whose input latents are all there.
 
     If there is none although units were dropped, latents that were needed have been lost to damage:
@@ -128,6 +130,8 @@ def _resume_at(folder: StageFolder, clip: Clip, settings: Settings) -> int:
     for step in range(settings.steps, settings.first_step, -1):
         units = (unit_name("advance", (step, c.index)) for c in clip.chunks)
         if all(folder.available(unit) for unit in units):
+            for earlier in range(step):  # a killed process may not have come to it
+                _drop_step(folder, earlier, windows, clip)
             return step
     begun = list(folder.units())
     if any(not folder.available(unit) for unit in begun):
@@ -223,16 +227,17 @@ class _Editing:
     def step(self, step: int, s: Settings, sampler: Sampler, advance: Advance) -> None:
         """Compute and commit a sampling step: windows, then advances; then drop what is over."""
         folder, self.inputs.step = self.store.stage, step
-        windows = self.layout.windows
+        sharing = self.inputs.context.sharing
         drawn = draw_keyframes(s.keyframe_seed, step, self.layout.segments)
-        for window in windows:
-            if not folder.committed(unit_name("window", (step, window.index, 0))):
-                self._window(step, window, drawn)
-        for chunk in self.clip.chunks:
-            if not folder.committed(unit_name("advance", (step + 1, chunk.index))):
-                self._advance(step, chunk, drawn, s.first_step, sampler)
-            advance(len(chunk))
-        _drop_step(folder, step, windows, self.clip)
+        windows = {unit_name("window", (step, w.index, 0)): w for w in self.layout.windows}
+        for window in sharing.share(folder, windows):
+            self._window(step, window, drawn)
+        chunks = {unit_name("advance", (step + 1, c.index)): c for c in self.clip.chunks}
+        for chunk in sharing.share(folder, chunks):
+            self._advance(step, chunk, drawn, s.first_step, sampler)
+        advance(self.clip.frames)
+        if sharing.mine(folder, f"drop-{step}"):
+            _drop_step(folder, step, self.layout.windows, self.clip)
 
     def _window(self, step: int, window: Window, drawn: Sequence[int]) -> None:
         moment = self.layout.moment(self.settings.mode.neighbours, drawn, window)

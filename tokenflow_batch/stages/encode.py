@@ -23,7 +23,7 @@ from tokenflow_batch.stages.clip import (
     Clip,
     read_clip,
 )
-from tokenflow_batch.store import ArraySpec, ArrayStore, unit_name
+from tokenflow_batch.store import ArraySpec, unit_name
 from tokenflow_batch.tokenflow.windows import Chunk
 from tokenflow_batch.video import find_cuts, probe, read_frames
 
@@ -36,11 +36,10 @@ class Encode(Stage):
 
     def run(self, context: StageContext, folder: StageFolder) -> None:
         """See `Stage.run`."""
-        if not folder.available(PROBE):
-            _probe(context, folder)
+        sharing = context.sharing
+        sharing.once(folder, PROBE, lambda: _probe(context, folder))
         clip = read_clip(context)
-        if not folder.available(CUTS):
-            _find_cuts(context, folder, clip)
+        sharing.once(folder, CUTS, lambda: _find_cuts(context, folder, clip))
         model, s = context.model(), context.settings
         for prompt in (s.source_prompt, s.negative_prompt, s.prompt):
             model.check_prompt(prompt)  # now, rather than after hours of inversion
@@ -49,12 +48,11 @@ class Encode(Stage):
         spec = ArraySpec(
             "encode", (), clip.frames, clip.chunk_frames, frame_shape, context.float_dtype
         )
-        store = ArrayStore.create(folder, {"latents": spec})
-        missing = [c for c in clip.chunks if not folder.committed(unit_name("encode", (c.index,)))]
-        if not missing:
-            return
+        store = context.store(folder, {"latents": spec})
+        units = {unit_name("encode", (chunk.index,)): chunk for chunk in clip.chunks}
+        missing = [chunk for unit, chunk in units.items() if not folder.committed(unit)]
         with context.progress("encode", sum(map(len, missing))) as advance:
-            for chunk, frames in _wanted(context, clip, missing):
+            for chunk, frames in _frames_of(context, clip, sharing.share(folder, units)):
                 latents = []
                 while batch := list(islice(frames, context.settings.vae_batch)):
                     latents.append(model.encode(np.stack(batch)).numpy())
@@ -101,17 +99,15 @@ def _find_cuts(context: StageContext, folder: StageFolder, clip: Clip) -> None:
     folder.commit(CUTS, [folder.folder / CUTS_FILE], {"cuts": len(cuts)})
 
 
-def _wanted(
-    context: StageContext, clip: Clip, missing: list[Chunk]
+def _frames_of(
+    context: StageContext, clip: Clip, chunks: Iterator[Chunk]
 ) -> Iterator[tuple[Chunk, Iterator[NDArray[np.uint8]]]]:
-    """Each missing chunk with its frames at working size, from one reading of the file."""
-    start, stop = missing[0].start, missing[-1].stop
-    frames = read_frames(context.job.video, clip.facts, start, stop)
-    indices = {c.index for c in missing}
-    for chunk in clip.chunks[missing[0].index : missing[-1].index + 1]:
-        part = islice(frames, len(chunk))
-        if chunk.index in indices:
-            yield chunk, map(clip.geometry.apply, part)
-        else:
-            for _ in part:
-                pass
+    """Each chunk, in ascending order, with its frames at working size, from one reading."""
+    frames, read = None, 0
+    for chunk in chunks:
+        if frames is None:
+            frames, read = read_frames(context.job.video, clip.facts, chunk.start), chunk.start
+        for _ in islice(frames, chunk.start - read):  # of chunks that others have
+            pass
+        yield chunk, map(clip.geometry.apply, islice(frames, len(chunk)))
+        read = chunk.stop

@@ -48,7 +48,7 @@ class Invert(Stage):
         clean = CleanLatents(context.folder("encode"))
         lead = (len(schedule),)
         per_frame = (lead, clip.frames, clip.chunk_frames)
-        store = ArrayStore.create(
+        store = context.store(
             folder,
             {
                 "latents": ArraySpec("invert", *per_frame, clean.frame_shape, context.float_dtype),
@@ -57,17 +57,25 @@ class Invert(Stage):
         )
         denoiser = Denoiser(model.unet, model.prediction_type)
         work = _Inversion(context, store, clean, denoiser, schedule, model.embed(s.source_prompt))
-        needed = [_needed(folder, chunk, kept) for chunk in clip.chunks]
-        total = sum(sum(steps) * len(c) for steps, c in zip(needed, clip.chunks, strict=True))
-        with context.progress("invert", total) as advance:
-            for i in range(len(schedule)):
-                for chunk, steps in zip(clip.chunks, needed, strict=True):
-                    if steps[i]:
-                        work.unit(i, chunk)
-                        advance(len(chunk))
+        sharing = context.sharing
+        needed = sharing.agree(
+            folder, "needed", lambda: [_plan(folder, chunk, kept) for chunk in clip.chunks]
+        )
+        units = {
+            unit_name("invert", (i, chunk.index)): (i, chunk)
+            for i in range(len(schedule))
+            for chunk, steps in zip(clip.chunks, needed, strict=True)
+            if steps[i]
+        }
+        with context.progress("invert", sum(len(c) for _, c in units.values())) as advance:
+            for i, chunk in sharing.share(folder, units):
+                before = unit_name("invert", (i - 1, chunk.index))
+                if i > 0:
+                    sharing.wait_for(folder, [before])  # another process may be at it
+                work.unit(i, chunk)
                 if i > 0 and not kept[i - 1]:
-                    for chunk in clip.chunks:
-                        folder.drop(unit_name("invert", (i - 1, chunk.index)))
+                    folder.drop(before)
+                advance(len(chunk))
 
 
 def _possible(model: Model, steps: int) -> str:
@@ -91,13 +99,18 @@ def _kept(model: Model, schedule: Schedule, sampling: Schedule) -> list[bool]:
     return kept
 
 
-def _needed(folder: StageFolder, chunk: Chunk, kept: Sequence[bool]) -> list[bool]:
+def _plan(folder: StageFolder, chunk: Chunk, kept: Sequence[bool]) -> list[bool]:
     """What is still to compute: kept steps that are not there, and what leads to them."""
     needed = [False] * len(kept)
     following = False
     for i in reversed(range(len(kept))):
-        there = folder.available(unit_name("invert", (i, chunk.index)))
+        unit = unit_name("invert", (i, chunk.index))
+        there = folder.available(unit)
+        if there and not kept[i] and not following:
+            folder.drop(unit)  # a killed process may not have come to it
         needed[i] = following = not there and (kept[i] or following)
+        if following and folder.committed(unit):
+            folder.forget(unit)  # dropped, and needed once more
     return needed
 
 

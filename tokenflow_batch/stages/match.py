@@ -13,7 +13,7 @@ from torch import Tensor
 from tokenflow_batch.ledger import StageFolder
 from tokenflow_batch.stages.base import Stage, StageContext
 from tokenflow_batch.stages.clip import Clip, InvertedLatents, read_clip
-from tokenflow_batch.store import Array, ArraySpec, ArrayStore, unit_name
+from tokenflow_batch.store import Array, ArraySpec, unit_name
 from tokenflow_batch.tokenflow.attention import Hooks, tokenflow_hooks
 from tokenflow_batch.tokenflow.correspondence import Backend, index_dtype, match_frames
 from tokenflow_batch.tokenflow.ddim import Schedule
@@ -48,21 +48,21 @@ class Match(Stage):
         sites = attention_sites(model.unet)
         conv = conv_shape(model.unet, latent_hw, s.conv_site)
         specs = _specs(context, clip, sites, latent_hw, conv)
-        store = ArrayStore.create(folder, specs)
-        units = [
-            (step, chunk)
+        store = context.store(folder, specs)
+        units = {
+            unit_name("match", (step, chunk.index)): (step, chunk)
             for step in range(s.steps)
             for chunk in clip.chunks
-            if not folder.committed(unit_name("match", (step, chunk.index)))
-        ]
+        }
+        missing = [chunk for unit, (_, chunk) in units.items() if not folder.committed(unit)]
         denoiser = Denoiser(model.unet, model.prediction_type)
         embed = model.embed(s.source_prompt)
         with (
             tokenflow_hooks(model.unet, context.compute.attention, s.conv_site) as hooks,
-            context.progress("match", sum(len(c) for _, c in units)) as advance,
+            context.progress("match", sum(map(len, missing))) as advance,
         ):
             work = _Matching(context, clip, source, sampling, denoiser, hooks, embed, latent_hw)
-            for step, chunk in units:
+            for step, chunk in context.sharing.share(folder, units):
                 rows, began = denoiser.rows, time.perf_counter()
                 values = work.unit(step, chunk, keep_conv=step < context.job.stored_conv_steps)
                 facts = {"rows": denoiser.rows - rows, "seconds": time.perf_counter() - began}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 
@@ -31,21 +31,25 @@ class Render(Stage):
 
     def run(self, context: StageContext, folder: StageFolder) -> None:
         """See `Stage.run`."""
-        clip = read_clip(context)
-        units = [unit_name("segment", (chunk.index,)) for chunk in clip.chunks]
-        if not folder.available(VIDEO):
-            _render(context, folder, clip, units)
-        for unit in units:
-            folder.drop(unit)
+        clip, sharing = read_clip(context), context.sharing
+        units = {unit_name("segment", (chunk.index,)): chunk for chunk in clip.chunks}
+        sharing.agree(folder, "begun", lambda: _forget_dropped(folder, units))
+        if not folder.committed(VIDEO):
+            _render_segments(context, folder, clip, units)
+            sharing.once(folder, VIDEO, lambda: _join(context, folder, clip, units))
+        if sharing.mine(folder, "drop"):
+            for unit in units:
+                folder.drop(unit)
 
 
-def _render(context: StageContext, folder: StageFolder, clip: Clip, units: Sequence[str]) -> None:
+def _forget_dropped(folder: StageFolder, units: Iterable[str]) -> None:
+    """Segments that were dropped after a join whose result has been lost since."""
     for unit in units:
-        if folder.committed(unit) and not folder.available(unit):
-            folder.forget(unit)  # dropped after a join whose result has been lost since
-    missing = [c for c, u in zip(clip.chunks, units, strict=True) if not folder.committed(u)]
-    if missing:
-        _render_segments(context, folder, clip, missing)
+        if not folder.committed(VIDEO) and folder.committed(unit) and not folder.available(unit):
+            folder.forget(unit)
+
+
+def _join(context: StageContext, folder: StageFolder, clip: Clip, units: Iterable[str]) -> None:
     for unit in units:
         folder.check(unit)
     segments = [_segment_path(folder, chunk) for chunk in clip.chunks]
@@ -61,13 +65,15 @@ def _segment_path(folder: StageFolder, chunk: Chunk) -> Path:
 
 
 def _render_segments(
-    context: StageContext, folder: StageFolder, clip: Clip, missing: list[Chunk]
+    context: StageContext, folder: StageFolder, clip: Clip, units: Mapping[str, Chunk]
 ) -> None:
-    undo = _undo(context, clip, missing[0].start)
-    model = context.model()
+    missing = [chunk for unit, chunk in units.items() if not folder.committed(unit)]
+    if not missing:
+        return
+    undo, model = _undo(context, clip, missing[0].start), context.model()
     with context.progress("render", sum(map(len, missing))) as advance:
         done = missing[0].start
-        for chunk in missing:
+        for chunk in context.sharing.share(folder, units):
             undo.skip(chunk.start - done)
             path = _segment_path(folder, chunk)
             with replacing(path) as partial:

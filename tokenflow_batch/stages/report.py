@@ -34,35 +34,37 @@ class Report(Stage):
 
     def run(self, context: StageContext, folder: StageFolder) -> None:
         """See `Stage.run`."""
-        if folder.available(REPORT):
-            return
-        clip = read_clip(context)
-        rendered = context.folder("render")
-        rendered.check(VIDEO)
-        edited = rendered.folder / VIDEO_FILE
-        with context.progress("report", 2 * clip.frames) as advance:
+        context.sharing.once(folder, REPORT, lambda: _report(context, folder))
 
-            def counted() -> Iterator[tuple[Frame, Frame]]:
-                for pair in _pairs(context, clip, edited):
-                    yield pair
-                    advance(1)
 
-            consistency = Consistency.of(counted())
-            shown = _side_by_side(context, clip, counted(), folder)
-        with replacing(folder.folder / SHEET) as path:
-            times = [
-                float((clip.facts.pts[i] - clip.facts.pts[0]) * clip.facts.time_base) for i in shown
-            ]
-            contact_sheet(
-                path,
-                f"{context.settings.source_prompt!r} to {context.settings.prompt!r}",
-                [f"{t:.2f} s" for t in times],
-                {"source": [s for s, _ in shown.values()], "edit": [e for _, e in shown.values()]},
-            )
-        metrics = _metrics(context, clip, consistency)
-        with replacing(folder.folder / METRICS) as path:
-            path.write_text(json.dumps(metrics, indent=1) + "\n", "utf-8")
-        folder.commit(REPORT, [folder.folder / name for name in (METRICS, SHEET, SIDE_BY_SIDE)])
+def _report(context: StageContext, folder: StageFolder) -> None:
+    clip = read_clip(context)
+    rendered = context.folder("render")
+    rendered.check(VIDEO)
+    edited = rendered.folder / VIDEO_FILE
+    with context.progress("report", 2 * clip.frames) as advance:
+
+        def counted() -> Iterator[tuple[Frame, Frame]]:
+            for pair in _pairs(context, clip, edited):
+                yield pair
+                advance(1)
+
+        consistency = Consistency.of(counted())
+        shown = _side_by_side(context, clip, counted(), folder)
+    with replacing(folder.folder / SHEET) as path:
+        times = [
+            float((clip.facts.pts[i] - clip.facts.pts[0]) * clip.facts.time_base) for i in shown
+        ]
+        contact_sheet(
+            path,
+            f"{context.settings.source_prompt!r} to {context.settings.prompt!r}",
+            [f"{t:.2f} s" for t in times],
+            {"source": [s for s, _ in shown.values()], "edit": [e for _, e in shown.values()]},
+        )
+    metrics = _metrics(context, clip, consistency)
+    with replacing(folder.folder / METRICS) as path:
+        path.write_text(json.dumps(metrics, indent=1) + "\n", "utf-8")
+    folder.commit(REPORT, [folder.folder / name for name in (METRICS, SHEET, SIDE_BY_SIDE)])
 
 
 def _pairs(context: StageContext, clip: Clip, edited: Path) -> Iterator[tuple[Frame, Frame]]:
