@@ -1,6 +1,6 @@
 """Quality of edits against ground truth: methods side by side on the same inverted latents.
 
-    python benchmarks/quality.py [--scenes 8] [--frames 24] [--seed 0] [--json FILE] [--sheet PNG]
+    python benchmarks/quality.py [--scenes 8] [--frames 24] [--seed 0] [--json FILE] [--sheets DIR]
 
 Generated clips with exact masks, flow and occlusions, each with one edit: colour, texture or ground
 in turn, on plain motion and on harder scenes (light that changes, a post in front, two objects,
@@ -26,9 +26,12 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import json
+import multiprocessing
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -50,8 +53,7 @@ from methods import (
 )
 from numpy.typing import NDArray
 from options import OPTIONS, endpoint_errors
-from rich.console import Console
-from rich.table import Table
+from tables import Row, endpoint_means, mean, means, plain, print_table, ratios
 from truth import background_psnr, gradient_energy, in_place, warp_errors
 
 from tokenflow_batch.config import Runtime
@@ -68,7 +70,6 @@ from tokenflow_batch.tokenflow.attention import tokenflow_hooks
 from tokenflow_batch.tokenflow.denoise import Denoiser
 
 Frames = NDArray[np.uint8]
-Row = dict[str, float]
 
 KINDS: Final = ("color", "texture", "ground")
 VARIANTS: Final[tuple[dict[str, Any], ...]] = (
@@ -179,7 +180,7 @@ def run_scene(
     )
 
 
-def reconstructed(model: Model, prepared: Prepared, own: Frames) -> dict[str, float]:
+def reconstructed(model: Model, prepared: Prepared, own: Frames) -> Row:
     """PSNR in dB of sampling the inverted latents back, against the VAE's reconstruction."""
     denoiser = Denoiser(model.unet, model.prediction_type)
     embeds = model.embed(prepared.clip.caption).unsqueeze(0)
@@ -209,78 +210,6 @@ def compare_inversions(model: Model, scene: Scene) -> dict[str, Any]:
     return found
 
 
-def means(scenes: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, Row]:
-    """Mean over scenes per method and figure; scenes without the figure are left out."""
-    return {
-        name: {
-            key: _mean([scene["rows"][name][key] for scene in scenes])
-            for key in scenes[0]["rows"][name]
-        }
-        for name in names
-    }
-
-
-def _mean(values: Sequence[float]) -> float:
-    known = [v for v in values if not np.isnan(v)]
-    return float(np.mean(known)) if known else float("nan")
-
-
-def ratio(scenes: Sequence[dict[str, Any]], key: str, above: str, below: str) -> dict[str, float]:
-    """Ratio of two methods' means over scenes, its paired bootstrap interval, the worst scene."""
-    pairs = np.array([[s["rows"][above][key], s["rows"][below][key]] for s in scenes])
-    drawn = np.random.default_rng(0).integers(len(pairs), size=(5000, len(pairs)))
-    sums = pairs[drawn].sum(axis=1)
-    low, high = np.quantile(sums[:, 0] / sums[:, 1], (0.025, 0.975))
-    total = pairs.sum(axis=0)
-    return {
-        "ratio": float(total[0] / total[1]),
-        "low": float(low),
-        "high": float(high),
-        "worst_scene": float((pairs[:, 0] / pairs[:, 1]).max()),
-    }
-
-
-def ratios(scenes: Sequence[dict[str, Any]], methods: Sequence[str]) -> dict[str, Any]:
-    """Every method's warp error and sharpness against per-frame PnP's and the published mode's."""
-    return {
-        f"{key}: {above} / {below}": ratio(scenes, key, above, below)
-        for below in ("per_frame", "official")
-        if below in methods
-        for above in methods
-        if above != below
-        for key in ("warp_all", "warp_object", "warp_ground", "gradient")
-    }
-
-
-def _endpoint_means(scenes: Sequence[dict[str, Any]]) -> dict[str, Row]:
-    """Over scenes, by step and site."""
-    steps = scenes[0]["endpoint_error"]
-    return {
-        step: {site: _mean([s["endpoint_error"][step][site] for s in scenes]) for site in sites}
-        for step, sites in steps.items()
-    }
-
-
-def _plain(value: Any) -> Any:
-    """JSON has no NaN and no infinity."""
-    if isinstance(value, dict):
-        return {key: _plain(v) for key, v in value.items()}
-    if isinstance(value, list):
-        return [_plain(v) for v in value]
-    return None if isinstance(value, float) and not np.isfinite(value) else value
-
-
-def print_table(table: Mapping[str, Row]) -> None:
-    """One row per method."""
-    shown = Table("method")
-    columns = [key for key in next(iter(table.values())) if not key.startswith("read_")]
-    for key in columns:
-        shown.add_column(key, justify="right")
-    for name, row in table.items():
-        shown.add_row(name, *(f"{row[key]:.3f}" for key in columns))
-    Console().print(shown)
-
-
 def write_sheet(path: Path, scene: Scene, videos: Mapping[str, Frames]) -> None:
     """Source, methods and the perfect edit at the same times."""
     times = np.unique(np.linspace(0, len(scene.clip) - 1, 8).round().astype(int))
@@ -289,8 +218,56 @@ def write_sheet(path: Path, scene: Scene, videos: Mapping[str, Frames]) -> None:
     contact_sheet(path, title, [f"frame {i}" for i in times], rows)
 
 
-def main() -> None:
-    """Command line."""
+@dataclass(frozen=True)
+class Options:
+    """What a scene's measurement depends on besides its number."""
+
+    model: str
+    threads: int
+    frames: int
+    seed: int
+    domain: str
+    kinds: tuple[str, ...]
+    methods: tuple[str, ...]
+    thresholds: Thresholds
+    sheets: Path | None
+
+    def scene(self, number: int) -> Scene:
+        """The `number`-th."""
+        return draw_scene(number, self.seed, self.frames, DOMAINS[self.domain], self.kinds)
+
+
+@functools.cache
+def _tools(reference: str, threads: int) -> tuple[Model, Classifier]:
+    """Loaded once a process."""
+    runtime = resolve(Runtime(device="cpu", dtype="fp32", threads=threads))
+    return load_model(locate(reference), runtime), load()
+
+
+def measure(number: int, options: Options) -> dict[str, Any]:
+    """One scene, from drawing it to its contact sheet."""
+    model, classifier = _tools(options.model, options.threads)
+    scene, methods = options.scene(number), {name: ALL[name] for name in options.methods}
+    measured, videos = run_scene(model, scene, methods, options.thresholds, classifier)
+    if options.sheets:
+        options.sheets.mkdir(parents=True, exist_ok=True)
+        write_sheet(options.sheets / f"{scene.seed}_{scene.kind}.png", scene, videos)
+    facts = {"seed": scene.seed, "kind": scene.kind, "source": scene.clip.caption}
+    return {**facts, "edit": scene.wanted.caption, **measured}
+
+
+def measure_all(count: int, processes: int, options: Options) -> Iterator[dict[str, Any]]:
+    """Every scene, in order, each as a whole in one of so many processes."""
+    work = functools.partial(measure, options=options)
+    if processes == 1:
+        yield from map(work, range(count))
+        return
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        yield from pool.map(work, range(count))
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--scenes", type=int, default=8)
     parser.add_argument("--frames", type=int, default=24)
@@ -302,7 +279,8 @@ def main() -> None:
     parser.add_argument("--guidance-scale", type=float, default=5.0)
     parser.add_argument("--attn-t", type=float, default=0.8)
     parser.add_argument("--f-t", type=float, default=1.0)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--processes", type=int, default=2, help="scenes measured at once")
+    parser.add_argument("--threads", type=int, default=1, help="of each process")
     parser.add_argument(
         "--no-plain-inversion",
         dest="plain_inversion",
@@ -310,55 +288,63 @@ def main() -> None:
         help="leave out the 500 plain steps on the first scene",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result here")
-    parser.add_argument("--sheets", type=Path, metavar="FOLDER", help="write contact sheets here")
-    args = parser.parse_args()
-    methods = {name: ALL[name] for name in args.methods.split(",")}
-    began = time.monotonic()
-    thresholds = Thresholds(args.guidance_scale, args.attn_t, args.f_t)
-    model = load_model(
-        locate(args.model), resolve(Runtime(device="cpu", dtype="fp32", threads=args.threads))
+    parser.add_argument("--sheets", type=Path, metavar="DIR", help="write contact sheets here")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measure, print, write."""
+    args, began = parse(), time.monotonic()
+    options = Options(
+        args.model,
+        args.threads,
+        args.frames,
+        args.seed,
+        args.domain,
+        tuple(args.kinds.split(",")),
+        tuple(args.methods.split(",")),
+        Thresholds(args.guidance_scale, args.attn_t, args.f_t),
+        args.sheets,
     )
-    classifier = load()
     scenes: list[dict[str, Any]] = []
-    for number in range(args.scenes):
-        scene = draw_scene(
-            number, args.seed, args.frames, DOMAINS[args.domain], args.kinds.split(",")
-        )
-        measured, videos = run_scene(model, scene, methods, thresholds, classifier)
-        facts = {"seed": scene.seed, "kind": scene.kind, "source": scene.clip.caption}
-        scenes.append({**facts, "edit": scene.wanted.caption, **measured})
-        print(json.dumps(_plain(scenes[-1])), flush=True)
-        if args.sheets:
-            args.sheets.mkdir(parents=True, exist_ok=True)
-            write_sheet(args.sheets / f"{scene.seed}_{scene.kind}.png", scene, videos)
-    table = means(scenes, [*methods, *REFERENCES])
-    first = draw_scene(0, args.seed, args.frames, DOMAINS[args.domain], args.kinds.split(","))
-    inversion = {
-        "mean": _mean([s["inversion"]["mean"] for s in scenes]),
-        "worst_frame": min(s["inversion"]["worst"] for s in scenes),
-        "first_scene": compare_inversions(model, first) if args.plain_inversion else None,
-    }
-    compared = ratios(scenes, list(methods))
+    for found in measure_all(args.scenes, args.processes, options):
+        scenes.append(found)
+        print(json.dumps(plain(found)), flush=True)
     report = {
         "date": datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
         "command": {k: str(v) for k, v in vars(args).items() if k not in ("json", "sheets")},
+        **summary(scenes, options, plain_inversion=args.plain_inversion),
         "minutes": round((time.monotonic() - began) / 60, 1),
-        "means": table,
-        "inversion": inversion,
-        "endpoint_error": _endpoint_means(scenes),
-        "by_kind": {
-            kind: means([s for s in scenes if s["kind"] == kind], [*methods, *REFERENCES])
-            for kind in sorted({s["kind"] for s in scenes})
-        },
-        "ratios": compared,
         "scenes": scenes,
     }
     if args.json:
-        args.json.write_text(json.dumps(_plain(report), indent=1) + "\n", encoding="utf-8")
-    print_table(table)
-    print(json.dumps(_plain({"inversion": inversion}), indent=1))
-    for name, found in compared.items():
+        args.json.write_text(json.dumps(plain(report), indent=1) + "\n", encoding="utf-8")
+    print_table(report["means"])
+    print(json.dumps(plain({"inversion": report["inversion"]}), indent=1))
+    for name, found in report["ratios"].items():
         print(f"{name}: {found['ratio']:.3f} [{found['low']:.3f}, {found['high']:.3f}]")
+
+
+def summary(
+    scenes: Sequence[dict[str, Any]], options: Options, *, plain_inversion: bool
+) -> dict[str, Any]:
+    """Means, ratios, inversion and end-point errors over all scenes."""
+    names = [*options.methods, *REFERENCES]
+    model, _ = _tools(options.model, options.threads)
+    return {
+        "means": means(scenes, names),
+        "inversion": {
+            "mean": mean([s["inversion"]["mean"] for s in scenes]),
+            "worst_frame": min(s["inversion"]["worst"] for s in scenes),
+            "first_scene": compare_inversions(model, options.scene(0)) if plain_inversion else None,
+        },
+        "endpoint_error": endpoint_means(scenes),
+        "by_kind": {
+            kind: means([s for s in scenes if s["kind"] == kind], names)
+            for kind in sorted({s["kind"] for s in scenes})
+        },
+        "ratios": ratios(scenes, options.methods),
+    }
 
 
 if __name__ == "__main__":
