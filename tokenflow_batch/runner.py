@@ -78,13 +78,18 @@ class Runner:
         self._model: Model | None = None
 
     def run(
-        self, stages: Sequence[StageName] = STAGES, *, force: Sequence[StageName] = ()
+        self,
+        stages: Sequence[StageName] = STAGES,
+        *,
+        force: Sequence[StageName] = (),
+        keep_going: bool = True,
     ) -> list[JobResult]:
         """Run the given stages of every job, in order.
 
         Args:
             stages: which; earlier ones that are left out must be done already.
             force: of these, begin anew even what is done or half done.
+            keep_going: whether other jobs are run after one has failed.
         """
         forced: set[Path] = set()
         results = []
@@ -97,6 +102,8 @@ class Runner:
                 result.error = self._translate(job, error)
             if result.error is not None:
                 log.error("%s (%s): %s", job.name, job.where, result.error)
+                if not keep_going:
+                    break
         return results
 
     def _job(
