@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from tokenflow_batch.cli import demo, look, run
+from tokenflow_batch.cli import cluster, demo, look, run
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -19,7 +19,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Edit long videos by text with a pretrained image diffusion model (TokenFlow).",
     epilog="Exit codes: 0 done, 1 jobs failed for several reasons, 2 manifest or usage, 3 model, "
-    "4 video, 6 work folder, 7 disk full, 8 memory, 9 locked, 130 interrupted.",
+    "4 video, 5 Slurm, 6 work folder, 7 disk full, 8 memory, 9 locked, 130 interrupted.",
 )
 
 
@@ -40,7 +40,7 @@ def _root(
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
 
 
-for _group in (run, look, demo):
+for _group in (run, look, cluster, demo):
     _group.register(app)
 
 
