@@ -51,7 +51,7 @@ SlurmdParameters=config_overrides
 GresTypes=gpu
 NodeName=n1 NodeHostname=localhost NodeAddr=127.0.0.1 Port={ports[1]} {node}
 NodeName=n2 NodeHostname=localhost NodeAddr=127.0.0.1 Port={ports[2]} {node}
-PartitionName=main Nodes=n1,n2 Default=YES PriorityTier=1 MaxTime=60
+PartitionName=gpu Nodes=n1,n2 Default=YES PriorityTier=1 MaxTime=60
 PartitionName=cpu Nodes=n1,n2 PriorityTier=1 MaxTime=60
 PartitionName=high Nodes=n1,n2 PriorityTier=10 PreemptMode=OFF MaxTime=60
 """
@@ -109,7 +109,7 @@ class Cluster:
         self._daemon("slurmctld", "-D", "-c")
         for node in NODES:
             self._daemon("slurmd", "-D", "-N", node)
-        self._until(lambda: self("sinfo", "-h", "-o", "%T %D", "-p", "main") == "idle 2", "nodes")
+        self._until(lambda: self("sinfo", "-h", "-o", "%T %D", "-p", "gpu") == "idle 2", "nodes")
 
     def _write(self):
         for name in ("state", "dev", *(f"spool-{node}" for node in NODES)):
@@ -144,7 +144,7 @@ class Cluster:
 
     def stop(self):
         """Cancel all jobs and end the daemons that `start` started, last first."""
-        self("scancel", "--partition=main,cpu,high", check=False)
+        self("scancel", "--partition=gpu,cpu,high", check=False)
         end = time.monotonic() + 10
         while self("squeue", "-h", "-o", "%i", check=False) and time.monotonic() < end:
             time.sleep(0.2)

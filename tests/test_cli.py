@@ -47,7 +47,7 @@ def manifest(tmp_path_factory, tiny_model):
     return write_manifest(folder, tiny_model, steps=1)
 
 
-@pytest.mark.parametrize("name", ["", "run", *STAGES, "status", "demo"])
+@pytest.mark.parametrize("name", ["", "run", *STAGES, "status", "demo", "submit", "fetch"])
 def test_help_loads_nothing_heavy(name):
     found, said = imported(*([name] if name else []), "--help")
     assert found == "0 []"

@@ -33,6 +33,20 @@ def _option(name: str, text: str, metavar: str) -> typer.models.OptionInfo:
 def register(app: typer.Typer) -> None:
     """Add the commands."""
     app.command("submit")(_submit)
+    app.command("fetch")(_fetch)
+
+
+def _fetch(manifest: ManifestArgument) -> None:
+    """Bring a manifest's model into the local cache, for machines without a network."""
+    batch = load_batch(manifest)
+    with messages():
+        from tokenflow_batch.model_files import locate
+
+        job = batch.jobs[0]
+        found = locate(job.model, job.base_config, download="first")
+    typer.echo(f"{job.model}: {found.path}")
+    if found.base_config is not None:
+        typer.echo(f"{job.base_config}: {found.base_config}")
 
 
 def _submit(
