@@ -47,7 +47,7 @@ def manifest(tmp_path_factory, tiny_model):
     return write_manifest(folder, tiny_model, steps=1)
 
 
-@pytest.mark.parametrize("name", ["", "run", *STAGES, "status", "demo"])
+@pytest.mark.parametrize("name", ["", "run", *STAGES, "status", "demo", "submit", "fetch"])
 def test_help_loads_nothing_heavy(name):
     found, said = imported(*([name] if name else []), "--help")
     assert found == "0 []"
@@ -164,3 +164,88 @@ def test_work_under_other_threads_is_not_mixed(manifest, caplog):
     assert "threads was 1 and is 2" in said
     assert "--force invert" in said
     assert command("run", other, "--threads", "2", "--force", "invert").exit_code == 0
+
+
+@pytest.fixture(scope="module")
+def two_by_two(tmp_path_factory, tiny_model):
+    """Two clips with two edits each; the second clip's file is broken."""
+    folder = tmp_path_factory.mktemp("jobs")
+    clip(folder / "wolf.mp4", 2)
+    (folder / "bear.mp4").write_bytes(b"no video")
+    edits = [{"name": n, "prompt": f"a {n} ball"} for n in ("blue", "red")]
+    clips = [{"video": f"{n}.mp4", "edits": edits} for n in ("bear", "wolf")]
+    return write_manifest(folder, tiny_model, clips=clips, steps=1)
+
+
+def told(manifest, *options):
+    """What a dry run says: job → stage → (does, why)."""
+    found, said = imported("run", manifest, "--dry-run", "--json", *options)
+    assert found == "0 []"
+    return {
+        f"{job['clip']}/{job['edit']}": {
+            stage: (step["does"], step["why"]) for stage, step in job["stages"].items()
+        }
+        for job in json.loads(said)["jobs"]
+    }
+
+
+@pytest.mark.parametrize(
+    ("only", "expected"),
+    [
+        (["wolf"], ["wolf/blue", "wolf/red"]),
+        (["*/red"], ["bear/red", "wolf/red"]),
+        (["w*", "bear/b?ue"], ["bear/blue", "wolf/blue", "wolf/red"]),
+        (["[bw]*/blue"], ["bear/blue", "wolf/blue"]),
+    ],
+)
+def test_only_takes_the_jobs_that_a_pattern_names(two_by_two, only, expected):
+    assert list(told(two_by_two, *(f"--only={p}" for p in only))) == expected
+
+
+@pytest.mark.parametrize(
+    ("pattern", "nearest"), [("wulf", "'wolf'"), ("wolf/bleu", "'wolf/blue'"), ("b/*", "")]
+)
+def test_a_pattern_that_names_nothing_is_told_with_the_nearest(two_by_two, pattern, nearest):
+    answer = command("run", two_by_two, "--only", "bear", "--only", pattern)
+    assert answer.exit_code == 2
+    assert f"no job is called {pattern!r}" in answer.output
+    assert nearest in answer.output
+
+
+def test_from_after_until_is_refused(two_by_two):
+    answer = command("run", two_by_two, "--from", "edit", "--until", "match")
+    assert answer.exit_code == 2
+    assert "comes after" in answer.output
+
+
+def test_dry_run_says_what_the_run_then_does(two_by_two):
+    command("run", two_by_two, "--only", "wolf/blue", "--until", "invert")
+    before = told(two_by_two, "--only", "wolf")
+    assert [does for does, _ in before["wolf/blue"].values()] == ["skip"] * 2 + ["run"] * 4
+    shared = ("skip", "the same work as wolf/blue, done there")
+    assert before["wolf/red"]["match"] == shared
+    assert before["wolf/red"]["edit"] == ("run", "not begun")
+    answer = command("run", two_by_two, "--only", "wolf", "--json")
+    for job in json.loads(answer.stdout)["jobs"]:
+        steps = before[f"{job['clip']}/{job['edit']}"]
+        assert job["ran"] == [stage for stage, (does, _) in steps.items() if does == "run"]
+    late = told(two_by_two, "--only", "wolf/blue", "--from", "match", "--force", "render")
+    assert [*late["wolf/blue"]] == ["match", "edit", "render", "report"]
+    assert late["wolf/blue"]["edit"] == ("skip", "done")
+    assert late["wolf/blue"]["render"] == ("run", "begun anew, by --force")
+
+
+def test_dry_run_of_one_stage_says_what_it_lacks(two_by_two):
+    answer = command("render", two_by_two, "--only", "bear/red", "--dry-run")
+    assert answer.exit_code == 0
+    assert "fail   needs encode, edit: run that first" in answer.stdout
+
+
+def test_fail_fast_stops_at_the_first_failure(two_by_two):
+    answer = command("run", two_by_two, "--fail-fast", "--json")
+    assert answer.exit_code == 4
+    assert "3 jobs were not begun" in answer.stderr
+    answer = command("run", two_by_two, "--json")
+    codes = [job["error"] and job["error"]["code"] for job in json.loads(answer.stdout)["jobs"]]
+    assert codes == [4, 4, None, None]
+    assert answer.exit_code == 4

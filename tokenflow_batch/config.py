@@ -5,7 +5,10 @@ Plain data, importable without torch. Names are those of diffusers and the paper
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal
@@ -18,6 +21,15 @@ Preset = Literal["fast", "balanced", "quality", "official"]
 StageName = Literal["encode", "invert", "match", "edit", "render", "report"]
 
 STAGES: tuple[StageName, ...] = ("encode", "invert", "match", "edit", "render", "report")
+STAGE_INPUTS: Mapping[StageName, tuple[StageName, ...]] = {
+    "encode": (),
+    "invert": ("encode",),
+    "match": ("encode", "invert"),
+    "edit": ("encode", "invert", "match"),
+    "render": ("encode", "edit"),
+    "report": ("encode", "invert", "edit", "render"),
+}
+"""The stages whose results each stage reads."""
 
 
 def _ascending(cuts: tuple[int, ...]) -> tuple[int, ...]:
@@ -164,3 +176,24 @@ class Batch:
     output: Path
     workdir: Path
     runtime: Runtime
+
+    def only(self, patterns: Sequence[str]) -> Batch:
+        """The jobs that at least one pattern names, in the manifest's order.
+
+        Args:
+            patterns: shell-style, against `clip/edit`, or the clip alone where there is no slash.
+
+        Raises:
+            ValueError: a pattern names none; says the nearest name.
+        """
+        chosen: set[str] = set()
+        for pattern in patterns:
+            whole = "/" in pattern
+            names = {j.name: j.name if whole else j.clip for j in self.jobs}
+            found = {job for job, name in names.items() if fnmatchcase(name, pattern)}
+            if not found:
+                close = difflib.get_close_matches(pattern, set(names.values()), n=1, cutoff=0.3)
+                hint = f"; the nearest is {close[0]!r}" if close else ""
+                raise ValueError(f"no job is called {pattern!r}{hint}")
+            chosen |= found
+        return replace(self, jobs=tuple(j for j in self.jobs if j.name in chosen))

@@ -4,6 +4,7 @@ TokenflowBatchError           1   anything below; also "several jobs failed for 
 ├── ManifestError             2   the manifest or a command-line value is wrong (file, line, fix)
 ├── ModelError                3   the model can't be found, loaded or used for this
 ├── VideoError                4   a source can't be read, has no picture, or can't be written
+├── ClusterError              5   Slurm is not there, does not answer, or refuses
 ├── StoreError                6   the work folder can't be used as it is
 │   ├── DamagedUnit           6   stored data differ from their commit record (and are recomputed)
 │   ├── MissingInput          6   an earlier stage has not been run
@@ -53,6 +54,12 @@ class VideoError(TokenflowBatchError):
     """A video can't be read, holds no picture, or can't be written."""
 
     exit_code = 4
+
+
+class ClusterError(TokenflowBatchError):
+    """Slurm is not there, does not answer in time, or refuses what is asked of it."""
+
+    exit_code = 5
 
 
 class StoreError(TokenflowBatchError):

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from tokenflow_batch.errors import VideoError
 
 
@@ -61,7 +63,10 @@ def write_json(path: Path, value: Any) -> None:
 
 
 class DigestMemory:
-    """Digests of large input files, remembered by (path, size, mtime) across runs."""
+    """Digests of large input files, remembered by (path, size, mtime) across runs.
+
+    Any number of processes may add to it at the same time.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -100,8 +105,11 @@ class DigestMemory:
             raise VideoError(f"{file}: no such file") from None
         except OSError as error:
             raise VideoError(f"{file}: can't be read: {error.strerror}") from None
-        self._load()[str(file.resolve())] = {"stat": before, "sha256": value}
-        write_json(self._path, self._known)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(self._path.with_suffix(".lock")):
+            self._known = None  # others may have added theirs since
+            self._load()[str(file.resolve())] = {"stat": before, "sha256": value}
+            write_json(self._path, self._known)
         return value
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from tokenflow_batch.errors import ModelError, VideoError
 from tokenflow_batch.files import DigestMemory, digest_json
@@ -62,10 +63,16 @@ class ModelFiles:
         return digest_json(parts)
 
 
-def locate(model: str, base_config: str | None = None, *, download: bool = True) -> ModelFiles:
+def locate(
+    model: str, base_config: str | None = None, *, download: bool | Literal["first"] = True
+) -> ModelFiles:
     """Find a model: `demo`, a folder, a single `.safetensors` file, or a hub id.
 
-    A hub id is looked up in the local cache first and downloaded if it is not there.
+    Args:
+        model: as in the manifest.
+        base_config: for a single file, where its component configs are.
+        download: whether a hub id that is not in the local cache is downloaded; `first` asks the
+            hub even if it is there, so that what a broken download lacks is fetched.
 
     Raises:
         ModelError: not found, not a Stable Diffusion 1.x / 2.x model, or without safetensors.
@@ -86,7 +93,9 @@ def locate(model: str, base_config: str | None = None, *, download: bool = True)
     return _folder(_snapshot(model, download=download), model)
 
 
-def _single_file(path: Path, base_config: str | None, *, download: bool) -> ModelFiles:
+def _single_file(
+    path: Path, base_config: str | None, *, download: bool | Literal["first"]
+) -> ModelFiles:
     if path.suffix != ".safetensors":
         raise ModelError(
             f"{path}: only .safetensors files are loaded, never pickles",
@@ -147,7 +156,7 @@ def _configs(folder: Path) -> list[Path]:
     return sorted(file for pattern in _SMALL for file in folder.glob(pattern))
 
 
-def _snapshot(repo: str, *, download: bool, weights: bool = True) -> Path:
+def _snapshot(repo: str, *, download: bool | Literal["first"], weights: bool = True) -> Path:
     """The local snapshot of a hub repository, only the files that are needed."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
@@ -157,7 +166,8 @@ def _snapshot(repo: str, *, download: bool, weights: bool = True) -> Path:
         patterns += [f"{c}/{stem}*.safetensors" for c, stem in _WEIGHTS.items()]
     ignore = ["*.non_ema*", "*.fp16.*"]
     last: Exception | None = None
-    for local in (True, False) if download else (True,):
+    tries = {True: (True, False), False: (True,), "first": (False,)}
+    for local in tries[download]:
         try:
             path = Path(
                 snapshot_download(

@@ -110,37 +110,54 @@ class Runner:
         self._locks: list[FileLock] = []
 
     def run(
-        self, stages: Sequence[StageName] = STAGES, *, force: Sequence[StageName] = ()
+        self,
+        stages: Sequence[StageName] = STAGES,
+        *,
+        force: Sequence[StageName] = (),
+        keep_going: bool = True,
     ) -> list[JobResult]:
         """Run the given stages of every job.
 
         Args:
             stages: which; earlier ones that are left out must be done already.
             force: of these, begin anew even what is done or half done.
+            keep_going: whether other jobs are begun after one has failed.
 
         Returns:
-            What became of the jobs, in the manifest's order; the same in every process of a team.
+            What became of the jobs that were begun, in the manifest's order; the same in every
+            process of a team.
         """
         failed = self.team.agree("force", lambda: self._force(force)) if force else {}
         results = {job.name: JobResult(job) for job in self.batch.jobs}
         for name, outcome in failed.items():
             results[name].take(outcome)
         todo = [job for job in _longest_first(self.batch.jobs) if job.name not in failed]
+        if failed and not keep_going:
+            todo = []
+        begun = set(failed)
         while todo:
-            told = self._round(todo, stages)
+            told = self._round(todo, stages, keep_going=keep_going)
+            todo = [job for job in todo if job.name in told]
+            begun |= set(told)
             for job in todo:
                 results[job.name].take(told[job.name])
             todo = self._again([(job, told[job.name]) for job in todo], stages)
             self.team.next_epoch()
             if any(told[job.name]["locked"] for job in todo):
                 time.sleep(_LOCKED_PAUSE)
-        return list(results.values())
+        return [result for name, result in results.items() if name in begun]
 
-    def _round(self, jobs: Sequence[Job], stages: Sequence[StageName]) -> dict[str, Outcome]:
-        """Everybody works until every job has an outcome, good or bad."""
+    def _round(
+        self, jobs: Sequence[Job], stages: Sequence[StageName], *, keep_going: bool
+    ) -> dict[str, Outcome]:
+        """Everybody works until every job has an outcome, good or bad, or is not to be begun."""
         for job in jobs:
             if self.team.claim(f"job/{job.name}"):
-                self.team.put(f"outcome/{job.name}", self._attempt(job, stages))
+                stop = self.team.get("stop") is not None
+                outcome = {} if stop else self._attempt(job, stages)
+                if outcome.get("error") and not keep_going and not _mendable(outcome):
+                    self.team.put("stop", job.name)
+                self.team.put(f"outcome/{job.name}", outcome)
         while True:
             open_jobs = [job for job in jobs if self.team.get(f"outcome/{job.name}") is None]
             if not open_jobs:
@@ -151,7 +168,8 @@ class Runner:
         for lock in self._locks:
             lock.release()
         self._locks.clear()
-        return {job.name: cast(Outcome, self.team.get(f"outcome/{job.name}")) for job in jobs}
+        told = {job.name: self.team.get(f"outcome/{job.name}") for job in jobs}
+        return {name: outcome for name, outcome in told.items() if outcome}
 
     def _attempt(self, job: Job, stages: Sequence[StageName]) -> Outcome:
         """See a job of one's own through; never raises what the batch should survive."""

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from tokenflow_batch.config import Job, Settings, StageName
+from tokenflow_batch.config import STAGE_INPUTS, Job, Settings, StageName
 from tokenflow_batch.distributed import Team
 from tokenflow_batch.keys import StageKey
 from tokenflow_batch.ledger import StageFolder
@@ -77,11 +77,14 @@ class Stage(ABC):
 
     Attributes:
         name: what the command line and the work folder call it.
-        inputs: the stages whose results it reads.
     """
 
     name: ClassVar[StageName]
-    inputs: ClassVar[tuple[StageName, ...]]
+
+    @property
+    def inputs(self) -> tuple[StageName, ...]:
+        """The stages whose results it reads."""
+        return STAGE_INPUTS[self.name]
 
     @abstractmethod
     def run(self, context: StageContext, folder: StageFolder) -> None:

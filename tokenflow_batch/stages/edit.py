@@ -37,7 +37,6 @@ class Edit(Stage):
     *advance* the latents. Both are dropped once the next step's latents are all there."""
 
     name = "edit"
-    inputs = ("encode", "invert", "match")
 
     def run(self, context: StageContext, folder: StageFolder) -> None:
         """See `Stage.run`."""

@@ -32,7 +32,6 @@ class Encode(Stage):
     """Units: `probe` (one decoding pass over the file), then one per chunk of frames."""
 
     name = "encode"
-    inputs = ()
 
     def run(self, context: StageContext, folder: StageFolder) -> None:
         """See `Stage.run`."""

@@ -38,7 +38,6 @@ class Invert(Stage):
     dropped once the next one is there."""
 
     name = "invert"
-    inputs = ("encode",)
 
     def run(self, context: StageContext, folder: StageFolder) -> None:
         """See `Stage.run`."""

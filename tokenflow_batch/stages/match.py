@@ -30,7 +30,6 @@ class Match(Stage):
     there are none."""
 
     name = "match"
-    inputs = ("encode", "invert")
 
     def run(self, context: StageContext, folder: StageFolder) -> None:
         """See `Stage.run`."""

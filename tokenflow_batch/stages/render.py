@@ -27,7 +27,6 @@ class Render(Stage):
     """Units: one per chunk (an encoded segment), then `video`: the segments joined, with audio."""
 
     name = "render"
-    inputs = ("encode", "edit")
 
     def run(self, context: StageContext, folder: StageFolder) -> None:
         """See `Stage.run`."""

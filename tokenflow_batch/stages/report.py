@@ -30,7 +30,6 @@ class Report(Stage):
     """One unit: three files."""
 
     name = "report"
-    inputs = ("encode", "invert", "edit", "render")
 
     def run(self, context: StageContext, folder: StageFolder) -> None:
         """See `Stage.run`."""

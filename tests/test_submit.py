@@ -1,0 +1,200 @@
+"""The scripts of `submit`: equal to recorded ones, accepted by shellcheck; what is submitted.
+
+After a change on purpose: `python tests/test_submit.py` records anew; read the difference.
+"""
+
+import shutil
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from jobs import clip, command, write_manifest
+
+from tokenflow_batch import slurm
+from tokenflow_batch.errors import ClusterError, ManifestError
+from tokenflow_batch.manifest import load
+from tokenflow_batch.sbatch import Resources, Work
+from tokenflow_batch.slurm import Missing, plan, queued, work_of
+
+RECORDED = Path(__file__).with_name("recorded")
+WORK = Work(
+    name="tokenflow-wolves-0123456789ab",
+    manifest=Path("/home/ann/wolves 2026/wolves.yaml"),
+    options=("--workdir", "/scratch/ann/work"),
+    folder=Path("/scratch/ann/work/slurm"),
+    binds=(Path("/home/ann/wolves 2026"), Path("/scratch/ann/work")),
+)
+MISSING = Missing(gpu=("wolf/*", "fox [[]1]/*"), cpu=("bear/*",), queued=(), complete=7)
+FULL = Resources(
+    partition="gpu",
+    cpu_partition="cpu",
+    account="film lab",
+    qos="long",
+    constraint="a100&ib",
+    time="12:00:00",
+    mem="64G",
+    cpus=8,
+    gpus="a100:1",
+    throttle=4,
+    grace=300,
+    setup=("module load cuda/12.4", "source /home/ann/env/bin/activate"),
+)
+CASES = {
+    "plain": Resources(),
+    "full": FULL,
+    "gpus": Resources(gpus="4", container="/images/tokenflow.sif"),
+    "nodes": Resources(gpus="h100:2", nodes=2, time="1-0"),
+}
+
+
+def recorded():
+    return {
+        f"{name}-{number}-{one.array.part}.sbatch": one.text
+        for name, resources in CASES.items()
+        for number, one in enumerate(plan(resources, WORK, MISSING))
+    }
+
+
+def test_scripts_are_the_recorded_ones():
+    found = {path.name: path.read_text() for path in RECORDED.glob("*.sbatch")}
+    assert recorded() == found
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+@pytest.mark.parametrize("name", sorted(recorded()))
+def test_shellcheck_has_nothing_to_say(name):
+    answer = subprocess.run(
+        ["shellcheck", "--exclude=SC1091", RECORDED / name],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (answer.returncode, answer.stdout) == (0, "")
+
+
+def test_stages_of_other_resources_are_arrays_of_their_own():
+    parts = [(s.array.part, s.array.patterns, s.after) for s in plan(FULL, WORK, MISSING)]
+    assert parts == [
+        ("gpu", MISSING.gpu, None),
+        ("cpu", MISSING.gpu, 0),
+        ("cpu", MISSING.cpu, None),
+    ]
+    done = replace(MISSING, gpu=(), cpu=())
+    assert plan(FULL, WORK, done) == plan(Resources(), WORK, done) == []
+    (one,) = plan(FULL, WORK, replace(MISSING, gpu=()))
+    assert (one.array.patterns, one.after) == (MISSING.cpu, None)
+
+
+@pytest.mark.parametrize("gpus", ["", "a100", "-1", "a100:", "1,2", "1 2", "x y:1"])
+def test_a_wrong_number_of_gpus_is_told(gpus):
+    with pytest.raises(ManifestError, match="gpus-per-job"):
+        Resources(gpus=gpus)
+
+
+def test_what_a_script_cannot_hold_is_told():
+    with pytest.raises(ManifestError, match="account"):
+        plan(Resources(account='a"\n#SBATCH --uid=0'), WORK, MISSING)
+
+
+CLIPS = [
+    {"video": f"{name}.mp4", "edits": [{"name": e, "prompt": e} for e in ("blue", "red")]}
+    for name in ("one", "two [2]", "three")
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("submit")
+    for entry in CLIPS:
+        clip(folder / entry["video"], 2)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def manifest(folder, tiny_model):
+    """One clip whole, one edited but not rendered, one not begun."""
+    clips = [{**c, "video": c["video"].replace("[", "[[]")} for c in CLIPS]
+    path = write_manifest(folder, tiny_model, clips=clips, steps=1)
+    for options in (["--only", "one"], ["--only", "two*", "--until", "edit"]):
+        answer = command("run", path, *options)
+        assert answer.exit_code == 0, answer.output
+    return path
+
+
+def test_only_what_is_missing_is_submitted(manifest):
+    batch = load(manifest)
+    found = slurm.missing(batch, frozenset())
+    assert found == Missing(("three/*",), ("two [[]2]/*",), (), 1)
+    found = slurm.missing(batch, frozenset({"three/*", "one/*"}))
+    assert found == Missing((), ("two [[]2]/*",), ("three/*",), 1)
+    # What the pattern means to `run --only` is that clip.
+    assert {j.clip for j in batch.only(("two [[]2]/*",)).jobs} == {"two [2]"}
+
+
+def test_an_edit_that_was_not_published_is_missing(manifest):
+    video = manifest.parent / "out" / "one" / "red.mp4"
+    aside = video.rename(video.with_suffix(".aside"))
+    try:
+        assert slurm.missing(load(manifest), frozenset()).cpu == ("one/*", "two [[]2]/*")
+    finally:
+        aside.rename(video)
+
+
+def test_dry_run_prints_the_scripts_and_writes_nothing(manifest, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))  # no Slurm there
+    work = manifest.parent / "out" / ".work"
+    answer = command("submit", manifest, "--dry-run", "--cpu-partition", "cpu", "--time", "1:00")
+    assert answer.exit_code == 0, answer.output
+    batch = load(manifest)
+    wanted = plan(
+        Resources(cpu_partition="cpu", time="1:00"),
+        work_of(manifest, batch, ()),
+        slurm.missing(batch, frozenset()),
+    )
+    assert len(wanted) == 3
+    assert all(one.text in answer.stdout for one in wanted)
+    assert answer.stdout.startswith("#!/bin/bash\n")
+    assert "--dependency=aftercorr:JOB" in answer.stdout
+    assert not (work / "slurm").exists()
+
+
+def test_without_slurm_submit_says_so(manifest, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    answer = command("submit", manifest)
+    assert answer.exit_code == 5
+    assert "there is no `squeue` here" in answer.output
+    assert "Traceback" not in answer.output
+
+
+def test_a_silent_or_refusing_slurm_is_told(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setattr(slurm, "PATIENCE", 0.5)
+    program = tmp_path / "squeue"
+    program.write_text("#!/bin/sh\nexec sleep 20\n")
+    program.chmod(0o755)
+    with pytest.raises(ClusterError, match="no answer within"):
+        queued(WORK)
+    monkeypatch.setattr(slurm, "PATIENCE", 20)
+    program.write_text("#!/bin/sh\necho 'squeue: error: Unable to contact' >&2\nexit 1\n")
+    with pytest.raises(ClusterError, match="refused: Unable to contact"):
+        queued(WORK)
+
+
+def test_two_manifests_or_work_folders_do_not_share_a_name(manifest, tmp_path):
+    batch = load(manifest)
+    names = {
+        work_of(manifest, batch, ()).name,
+        work_of(manifest.with_name("other.yaml"), batch, ()).name,
+        work_of(manifest, replace(batch, workdir=tmp_path), ()).name,
+    }
+    assert len(names) == 3
+    assert work_of(manifest, batch, ("--threads", "1")).name in names
+
+
+if __name__ == "__main__":
+    RECORDED.mkdir(exist_ok=True)
+    for old in RECORDED.glob("*.sbatch"):
+        old.unlink()
+    for name, text in recorded().items():
+        (RECORDED / name).write_text(text)

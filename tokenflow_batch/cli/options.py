@@ -1,0 +1,115 @@
+"""What commands share: options, reading the manifest, messages instead of tracebacks."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tokenflow_batch.config import STAGES, Batch, StageName
+from tokenflow_batch.errors import ManifestError, TokenflowBatchError
+
+ManifestArgument = Annotated[
+    Path, typer.Argument(metavar="MANIFEST", help="YAML or JSON file.", show_default=False)
+]
+OutputOption = Annotated[
+    Path | None, typer.Option("--output", "-o", help="Output folder instead of the manifest's.")
+]
+WorkdirOption = Annotated[
+    Path | None, typer.Option(help="Folder for intermediate results.  [default: OUTPUT/.work]")
+]
+DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; overrides runtime.")]
+ThreadsOption = Annotated[int | None, typer.Option(min=1, help="CPU threads; overrides runtime.")]
+OnlyOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="PATTERN",
+        help="Only these jobs: `clip/edit` or `clip`, with * and ?; repeatable.",
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")]
+
+
+def stage_name(text: str) -> StageName:
+    """The stage that `text` names.
+
+    Raises:
+        typer.BadParameter: there is no such stage.
+    """
+    for stage in STAGES:
+        if stage == text:
+            return stage
+    raise typer.BadParameter(f"{text!r} is no stage; there are {', '.join(STAGES)}")
+
+
+def stage_range(first: str, last: str) -> tuple[StageName, ...]:
+    """All stages from `first` to `last`, both included.
+
+    Raises:
+        typer.BadParameter: one is no stage, or the first comes after the last.
+    """
+    start, end = STAGES.index(stage_name(first)), STAGES.index(stage_name(last))
+    if start > end:
+        raise typer.BadParameter(f"--from {first} comes after --until {last}: nothing would run")
+    return STAGES[start : end + 1]
+
+
+def load_batch(
+    manifest: Path,
+    output: Path | None = None,
+    workdir: Path | None = None,
+    *,
+    device: str | None = None,
+    threads: int | None = None,
+    only: Sequence[str] | None = None,
+) -> Batch:
+    """A manifest as the command line changes it; what is wrong with it ends the command."""
+    from tokenflow_batch.manifest import load
+
+    with messages():
+        batch = load(manifest, output=output, workdir=workdir)
+        changes: dict[str, Any] = {"device": device, "threads": threads}
+        given = {k: v for k, v in changes.items() if v is not None}
+        batch = replace(batch, runtime=batch.runtime.model_copy(update=given))
+        try:
+            return batch.only(only) if only else batch
+        except ValueError as error:
+            raise ManifestError(f"--only: {error}") from None
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM: handled like Ctrl-C, wherever the work is."""
+
+
+@contextmanager
+def messages() -> Iterator[None]:
+    """Errors of ours as a message and an exit code, never a traceback.
+
+    SIGINT and SIGTERM abandon the unit in flight, which is as safe as a kill, and give 128 plus the
+    signal's number, as shells do.
+    """
+
+    def terminate(number: int, frame: object) -> None:  # noqa: ARG001
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # one is enough: let the locks be released
+        raise _Terminated
+
+    previous = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    except TokenflowBatchError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(error.exit_code) from None
+    except KeyboardInterrupt as stopped:
+        number = signal.SIGTERM if isinstance(stopped, _Terminated) else signal.SIGINT
+        typer.echo(
+            f"stopped by {number.name}: what is committed stays, run the same command to go on",
+            err=True,
+        )
+        raise typer.Exit(128 + number) from None
+    finally:
+        signal.signal(signal.SIGTERM, previous)

@@ -1,0 +1,197 @@
+"""`run` and the stage commands."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tokenflow_batch.cli.options import (
+    DeviceOption,
+    JsonOption,
+    ManifestArgument,
+    OnlyOption,
+    OutputOption,
+    ThreadsOption,
+    WorkdirOption,
+    load_batch,
+    messages,
+    stage_name,
+    stage_range,
+)
+from tokenflow_batch.config import STAGES, Batch, StageName
+
+if TYPE_CHECKING:
+    from tokenflow_batch.runner import JobResult
+
+ForceOption = Annotated[
+    list[str] | None, typer.Option(metavar="STAGE", help="Begin this stage anew; repeatable.")
+]
+DryRunOption = Annotated[
+    bool, typer.Option("--dry-run", help="Say what would run and why; compute nothing.")
+]
+KeepGoingOption = Annotated[
+    bool,
+    typer.Option("--keep-going/--fail-fast", help="Whether a job's failure stops the others."),
+]
+
+_SUMMARIES: dict[StageName, str] = {
+    "encode": "Video file to clean latents",
+    "invert": "Clean latents to inverted latents at every sampling step",
+    "match": "Inverted latents to correspondences and PnP features",
+    "edit": "Inverted latents and prompts to edited latents",
+    "render": "Edited latents to video files",
+    "report": "Metrics, contact sheet and side-by-side video",
+}
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    app.command("run")(_run)
+    for stage, summary in _SUMMARIES.items():
+        app.command(stage)(_stage_command(stage, summary))
+
+
+def _run(
+    manifest: ManifestArgument,
+    output: OutputOption = None,
+    workdir: WorkdirOption = None,
+    device: DeviceOption = None,
+    threads: ThreadsOption = None,
+    only: OnlyOption = None,
+    from_: Annotated[
+        str, typer.Option("--from", metavar="STAGE", help="Begin with this stage.")
+    ] = STAGES[0],
+    until: Annotated[str, typer.Option(metavar="STAGE", help="Stop after this stage.")] = STAGES[
+        -1
+    ],
+    force: ForceOption = None,
+    dry_run: DryRunOption = False,
+    keep_going: KeepGoingOption = True,
+    as_json: JsonOption = False,
+) -> None:
+    """Run every job of a manifest through all stages; what is done is skipped."""
+    stages = stage_range(from_, until)
+    batch = load_batch(manifest, output, workdir, device=device, threads=threads, only=only)
+    forced = [stage_name(stage) for stage in force or []]
+    run_or_tell(batch, stages, forced, dry_run=dry_run, keep_going=keep_going, as_json=as_json)
+
+
+def _stage_command(stage: StageName, summary: str) -> Callable[..., None]:
+    def command(
+        manifest: ManifestArgument,
+        output: OutputOption = None,
+        workdir: WorkdirOption = None,
+        device: DeviceOption = None,
+        threads: ThreadsOption = None,
+        only: OnlyOption = None,
+        force: Annotated[bool, typer.Option("--force", help="Begin the stage anew.")] = False,
+        dry_run: DryRunOption = False,
+        keep_going: KeepGoingOption = True,
+        as_json: JsonOption = False,
+    ) -> None:
+        batch = load_batch(manifest, output, workdir, device=device, threads=threads, only=only)
+        run_or_tell(
+            batch,
+            (stage,),
+            [stage] if force else [],
+            dry_run=dry_run,
+            keep_going=keep_going,
+            as_json=as_json,
+        )
+
+    command.__doc__ = f"{summary} (this stage alone; earlier ones must be done)."
+    return command
+
+
+def run_or_tell(
+    batch: Batch,
+    stages: Sequence[StageName],
+    force: Sequence[StageName] = (),
+    *,
+    dry_run: bool = False,
+    keep_going: bool = True,
+    as_json: bool = False,
+) -> None:
+    """Run a batch and end with its exit code; or only say what would run.
+
+    Of the processes of a launch, one prints and has the exit code; the others end with 0.
+
+    Raises:
+        typer.Exit: always, after a run.
+    """
+    if dry_run:
+        _tell(batch, stages, force, as_json)
+        return
+    with messages():
+        from tokenflow_batch.console import progress_bars
+        from tokenflow_batch.distributed import Team
+        from tokenflow_batch.runner import Runner, exit_code
+
+        team = Team.of_launch()
+        with progress_bars(shown=team.leads) as progress:
+            runner = Runner(batch, progress, team)
+            results = runner.run(stages, force=force, keep_going=keep_going)
+        team.close()
+        if not team.leads:
+            raise typer.Exit
+    if as_json:
+        typer.echo(json.dumps({"jobs": [_as_json(r) for r in results]}, indent=1))
+    else:
+        _print(results)
+    failed = sum(r.error is not None for r in results)
+    if failed and not as_json:
+        typer.echo(f"{failed} of {len(batch.jobs)} jobs failed", err=True)
+    if len(results) < len(batch.jobs):
+        left = len(batch.jobs) - len(results)
+        typer.echo(f"stopped at the first failure: {left} jobs were not begun", err=True)
+    raise typer.Exit(exit_code(results))
+
+
+def _as_json(result: JobResult) -> dict[str, object]:
+    error = result.error
+    return {
+        "clip": result.job.clip,
+        "edit": result.job.edit,
+        "ran": result.ran,
+        "skipped": result.skipped,
+        "outputs": [str(path) for path in result.outputs],
+        "error": error and {"message": error.message, "code": error.exit_code},
+    }
+
+
+def _print(results: Sequence[JobResult]) -> None:
+    for r in results:
+        if r.error is None:
+            done = f"ran {', '.join(r.ran)}" if r.ran else "nothing to do"
+            typer.echo(f"{r.job.name}: {done}")
+            for path in r.outputs:
+                typer.echo(f"  {path}")
+
+
+def _tell(
+    batch: Batch, stages: Sequence[StageName], force: Sequence[StageName], as_json: bool
+) -> None:
+    from tokenflow_batch.status import preview
+
+    with messages():
+        jobs = preview(batch, stages, force)
+    if as_json:
+        listed = [
+            {
+                "clip": job.clip,
+                "edit": job.edit,
+                "stages": {s: {"does": t.does, "why": t.why} for s, t in steps.items()},
+            }
+            for job, steps in jobs
+        ]
+        typer.echo(json.dumps({"jobs": listed}, indent=1))
+        return
+    for job, steps in jobs:
+        typer.echo(job.name)
+        for stage, told in steps.items():
+            typer.echo(f"  {stage:<7} {told.does:<6} {told.why}")
+    total = sum(told.does == "run" for _, steps in jobs for told in steps.values())
+    typer.echo(f"{total} stages of {len(jobs)} jobs would run; nothing was computed")

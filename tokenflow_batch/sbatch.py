@@ -1,0 +1,249 @@
+"""The text of the scripts that Slurm runs: a pure function of what is asked for.
+
+Nothing here looks at the cluster, the disk or the clock; `slurm.py` does.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from string import Template
+from typing import Literal
+
+from tokenflow_batch.errors import ManifestError
+
+Part = Literal["all", "gpu", "cpu"]
+"""Which stages an array runs: all, up to `edit`, or `render` and `report`."""
+
+_STAGES: dict[Part, tuple[str, ...]] = {
+    "all": (),
+    "gpu": ("--until", "edit"),
+    "cpu": ("--from", "render", "--device", "cpu"),
+}
+_GPUS = re.compile(r"(?:[A-Za-z][\w.-]*:)?(\d{1,3})")
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What to ask Slurm for; None leaves it to the cluster's defaults.
+
+    Attributes:
+        partition, account, qos, constraint, time, mem, cpus: as sbatch takes them.
+        cpu_partition: where `render` and `report` run, in an array of their own.
+        gpus: GPUs of a job on each of its nodes, as `NUMBER` or `TYPE:NUMBER`.
+        nodes: nodes of a job; more than one shares each clip among them.
+        throttle: at most so many tasks at once.
+        grace: seconds before the time limit at which the work is stopped and queued again.
+        setup: lines of shell before the work (`module load cuda`).
+        container: image that apptainer runs the work in.
+    """
+
+    partition: str | None = None
+    cpu_partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    time: str | None = None
+    mem: str | None = None
+    cpus: int | None = None
+    gpus: str = "1"
+    nodes: int = 1
+    throttle: int | None = None
+    grace: int = 120
+    setup: tuple[str, ...] = ()
+    container: str | None = None
+
+    def __post_init__(self) -> None:
+        if not _GPUS.fullmatch(self.gpus):
+            raise ManifestError(
+                f"--gpus-per-job {self.gpus!r} is neither a number nor a type and a number",
+                hint="such as 1, 0 or a100:2",
+            )
+
+    @property
+    def processes(self) -> int:
+        """Processes on each node: one a GPU, and one where there is none."""
+        match = _GPUS.fullmatch(self.gpus)
+        return max(1, int(match[1])) if match else 1
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the scripts of a manifest have in common.
+
+    Attributes:
+        name: the jobs' name in Slurm.
+        manifest: absolute.
+        options: `--output`, `--workdir` and the like, for `tokenflow-batch run`.
+        folder: for logs and lists of clips.
+        binds: folders that a container must see.
+    """
+
+    name: str
+    manifest: Path
+    options: tuple[str, ...]
+    folder: Path
+    binds: tuple[Path, ...] = ()
+
+
+@dataclass(frozen=True)
+class Array:
+    """One array job: a task for every clip.
+
+    Attributes:
+        part: which stages.
+        patterns: what `run --only` gets, one a task.
+        list: the file that has them, a line each.
+        comment: what the queue shows, to find the list again.
+    """
+
+    part: Part
+    patterns: tuple[str, ...]
+    list: Path
+    comment: str
+
+
+class _Script(Template):
+    delimiter = "@"
+
+
+_TEXT = _Script(r"""#!/bin/bash
+@directives
+clips=@list
+task=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
+work='' stopped=''
+
+# Sent shortly before the time limit, and when the task has to make room for another job.
+stop() {
+  stopped=yes
+  [ -z "$work" ] || @stop
+}
+trap stop TERM
+
+# Queue this task again: unless somebody cancelled it, or Slurm has queued it already.
+again() {
+  trap '' TERM # requeueing ends this script
+  if [ "$(timeout 60 squeue --noheader --jobs="$task" --format=%T)" = RUNNING ]; then
+    timeout 60 scontrol requeue "$task"
+  fi
+  exit 143
+}
+
+only=$(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" "$clips")
+if [ -z "$only" ]; then
+  echo "no line $((SLURM_ARRAY_TASK_ID + 1)) in $clips" >&2
+  exit 2
+fi
+echo "$(date -Is) task $task on $(hostname): $only, start $((${SLURM_RESTART_COUNT:-0} + 1))"
+@setup
+[ -z "$stopped" ] || again
+
+@run &
+work=$!
+[ -z "$stopped" ] || stop
+wait "$work"
+code=$?
+while kill -0 "$work" 2>/dev/null; do # a signal has ended `wait`, not the work
+  wait "$work"
+  code=$?
+done
+
+[ "$code" -eq 0 ] && exit 0
+[ -z "$stopped" ] || again
+# Worth another try: 137 and 143, killed; 9, another process still holds the clip@why.
+case $code in
+  @retried) [ "${SLURM_RESTART_COUNT:-0}" -ge 3 ] || again ;;
+esac
+exit "$code"
+""")
+
+_LAUNCH = (
+    "accelerate launch --multi_gpu --num_machines {nodes} --num_processes {all} "
+    "--mixed_precision no --dynamo_backend no --main_process_port {port}"
+)
+_PORT = '"$((20000 + SLURM_JOB_ID % 20000))"'
+_ADDRESS = (
+    "address=${TOKENFLOW_MASTER_ADDR:-"
+    '$(timeout 60 scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}'
+)
+
+
+def script(resources: Resources, work: Work, array: Array) -> str:
+    """The script of one array.
+
+    Raises:
+        ManifestError: a value can't be written into a script.
+    """
+    launched = array.part != "cpu" and resources.nodes * resources.processes > 1
+    several = launched and resources.nodes > 1
+    setup = list(resources.setup) + ([_ADDRESS] if several else [])
+    return _TEXT.substitute(
+        directives="\n".join(f"#SBATCH {line}" for line in _directives(resources, work, array)),
+        list=shlex.quote(str(array.list)),
+        stop='scancel --signal=TERM "$task"' if several else 'kill -TERM "$work" 2>/dev/null',
+        setup="\n".join(setup),
+        run=_command(resources, work, array, launched=launched),
+        why="; 1, one of several has died" if launched else "",
+        retried="1 | 9 | 137 | 143" if launched else "9 | 137 | 143",
+    ).replace("\n\n\n", "\n\n")
+
+
+def _directives(r: Resources, work: Work, array: Array) -> list[str]:
+    on_gpus = array.part != "cpu"
+    nodes = r.nodes if on_gpus else 1
+    wanted: dict[str, str | int | None] = {
+        "job-name": work.name,
+        "comment": array.comment,
+        "array": f"0-{len(array.patterns) - 1}" + (f"%{r.throttle}" if r.throttle else ""),
+        "partition": r.partition if on_gpus else r.cpu_partition,
+        "account": r.account,
+        "qos": r.qos,
+        "constraint": r.constraint if on_gpus else None,
+        "nodes": nodes,
+        "ntasks-per-node": 1,
+        "cpus-per-task": r.cpus,
+        "mem": r.mem,
+        "gpus-per-node": r.gpus
+        if on_gpus and not r.gpus.endswith(":0") and r.gpus != "0"
+        else None,
+        "time": r.time,
+        "signal": f"B:TERM@{r.grace}",
+        "output": str(work.folder / "logs").replace("%", "%%") + "/%x-%A_%a.log",
+    }
+    given = [f"--{name}={_quoted(name, v)}" for name, v in wanted.items() if v is not None]
+    return [*given, "--requeue", "--open-mode=append"]
+
+
+def _quoted(name: str, value: str | int) -> str:
+    """A value in a `#SBATCH` line, which Slurm reads, not the shell."""
+    text = str(value)
+    if any(c in text for c in "\"'\\\n\r"):
+        raise ManifestError(
+            f"{name} {text!r} can't be written into a batch script",
+            hint="quotes, backslashes and line ends have no place there",
+        )
+    return f'"{text}"' if re.search(r"[\s#]", text) else text
+
+
+def _command(r: Resources, work: Work, array: Array, *, launched: bool) -> str:
+    """The shell command that does the work of a task."""
+    words = ["run", str(work.manifest), *work.options, *_STAGES[array.part]]
+    arguments = f'{shlex.join(words)} --only "$only"'
+    inside = ""
+    if r.container is not None:
+        binds = ",".join(map(str, work.binds))
+        inside = shlex.join(["apptainer", "exec", "--nv", "--bind", binds, r.container]) + " "
+    if not launched:
+        return f"{inside}tokenflow-batch {arguments}"
+    launch = _LAUNCH.format(nodes=r.nodes, all=r.nodes * r.processes, port=_PORT)
+    if r.nodes == 1:
+        return f"{inside}{launch} -m tokenflow_batch {arguments}"
+    here = '--machine_rank "$SLURM_NODEID" --main_process_ip "$0" -m tokenflow_batch "$@"'
+    return (
+        "# shellcheck disable=SC2016 # each node expands it\n"
+        "srun --kill-on-bad-exit=1 bash -c \\\n"
+        f"  {shlex.quote(f'exec {inside}{launch} {here}')} \\\n"
+        f'  "$address" {arguments}'
+    )

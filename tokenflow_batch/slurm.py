@@ -1,0 +1,221 @@
+"""Submitting a batch to Slurm: what is missing, and not in the queue already, as arrays over clips.
+
+Slurm is driven by its own commands, each with a time limit.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import re
+import subprocess
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock
+
+from tokenflow_batch.config import Batch
+from tokenflow_batch.errors import ClusterError
+from tokenflow_batch.files import replacing
+from tokenflow_batch.sbatch import Array, Part, Resources, Work, script
+from tokenflow_batch.status import JobStatus, status
+
+PATIENCE = 60
+"""Seconds that a command of Slurm may take."""
+
+_GPU_STAGES = ("encode", "invert", "match", "edit")
+
+
+@dataclass(frozen=True)
+class Missing:
+    """Clips that are to be submitted, as patterns for `run --only`.
+
+    Attributes:
+        gpu: they lack something before `render`.
+        cpu: they lack `render` or `report` alone.
+        queued: not complete, but a task for them is in the queue.
+        complete: how many clips need nothing.
+    """
+
+    gpu: tuple[str, ...]
+    cpu: tuple[str, ...]
+    queued: tuple[str, ...]
+    complete: int
+
+
+@dataclass(frozen=True)
+class Submission:
+    """One array as it was, or would be, submitted.
+
+    Attributes:
+        array: what it does.
+        text: the script.
+        after: index of the submission whose tasks must each end well before its own, or None.
+        job: Slurm's number; None in a dry run.
+    """
+
+    array: Array
+    text: str
+    after: int | None
+    job: str | None = None
+
+
+def work_of(manifest: Path, batch: Batch, options: Sequence[str]) -> Work:
+    """Names and places; the jobs' name stands for this manifest and this work folder."""
+    path, folder = manifest.resolve(), batch.workdir.resolve()
+    mark = hashlib.sha256(f"{path}\n{folder}".encode()).hexdigest()[:12]
+    stem = re.sub(r"[^A-Za-z0-9_.-]", "_", path.stem)[:40]
+    output = batch.output.resolve()
+    videos = {job.video.resolve().parent for job in batch.jobs}
+    binds = sorted({path.parent, output, folder, *videos})
+    return Work(f"tokenflow-{stem}-{mark}", path, tuple(options), folder / "slurm", tuple(binds))
+
+
+def missing(batch: Batch, queued: frozenset[str]) -> Missing:
+    """Which clips lack something.
+
+    Args:
+        batch: the manifest.
+        queued: patterns of clips that are in the queue.
+
+    Raises:
+        ModelError: the model is not on this disk.
+    """
+    clips: dict[str, list[JobStatus]] = {}
+    for row in status(batch):
+        clips.setdefault(row.clip, []).append(row)
+    gpu, cpu, waiting, complete = [], [], [], 0
+    for clip, rows in clips.items():
+        pattern = f"{glob.escape(clip)}/*"
+        lacking = {s for row in rows for s, found in row.stages.items() if found.state != "done"}
+        if not lacking and all(row.published for row in rows):
+            complete += 1
+        elif pattern in queued:
+            waiting.append(pattern)
+        elif lacking & set(_GPU_STAGES):
+            gpu.append(pattern)
+        else:
+            cpu.append(pattern)
+    return Missing(tuple(gpu), tuple(cpu), tuple(waiting), complete)
+
+
+def plan(resources: Resources, work: Work, found: Missing) -> list[Submission]:
+    """The arrays for what is missing, in the order in which they are submitted.
+
+    Raises:
+        ManifestError: a value can't be written into a script.
+    """
+    parts: list[tuple[Part, tuple[str, ...], int | None]]
+    if resources.cpu_partition is None:
+        parts = [("all", found.gpu + found.cpu, None)]
+    else:
+        parts = [("gpu", found.gpu, None), ("cpu", found.gpu, 0), ("cpu", found.cpu, None)]
+    arrays = [(_array(work, part, clips), after) for part, clips, after in parts if clips]
+    return [Submission(a, script(resources, work, a), after) for a, after in arrays]
+
+
+def _array(work: Work, part: Part, patterns: tuple[str, ...]) -> Array:
+    digest = hashlib.sha256("\n".join(patterns).encode()).hexdigest()[:16]
+    return Array(part, patterns, work.folder / f"{digest}.clips", f"tokenflow_batch {digest}")
+
+
+def submit(batch: Batch, resources: Resources, work: Work) -> tuple[Missing, list[Submission]]:
+    """Submit what is missing; what two of these at the same time find is submitted once.
+
+    Raises:
+        ClusterError: Slurm is not there, does not answer, or refuses.
+        ManifestError: a value can't be written into a script.
+        ModelError: the model is not on this disk.
+    """
+    (work.folder / "logs").mkdir(parents=True, exist_ok=True)
+    with FileLock(work.folder / "submit.lock"):
+        found = missing(batch, queued(work))
+        done: list[Submission] = []
+        for wanted in plan(resources, work, found):
+            with replacing(wanted.array.list) as temporary:
+                temporary.write_text("".join(f"{p}\n" for p in wanted.array.patterns), "utf-8")
+            after = None if wanted.after is None else done[wanted.after].job
+            try:
+                job = _sbatch(wanted.text, after)
+            except ClusterError as error:
+                raise _half_submitted(error, done) from None
+            done.append(Submission(wanted.array, wanted.text, wanted.after, job))
+    return found, done
+
+
+def dependency(after: str) -> tuple[str, ...]:
+    """The options by which each task waits for the same task of another array."""
+    return (f"--dependency=aftercorr:{after}", "--kill-on-invalid-dep=yes")
+
+
+def queued(work: Work) -> frozenset[str]:
+    """Patterns of the clips of this manifest that are in the queue, whoever put them there.
+
+    Raises:
+        ClusterError: Slurm is not there or does not answer.
+    """
+    said = _call(
+        ["squeue", "--noheader", "--array", f"--name={work.name}", "--format=%K|%k"], "squeue"
+    )
+    lists: dict[str, list[str]] = {}
+    found = set()
+    for line in said.splitlines():
+        index, _, comment = line.partition("|")
+        digest = comment.removeprefix("tokenflow_batch ").strip()
+        if digest not in lists:
+            try:
+                text = (work.folder / f"{digest}.clips").read_text("utf-8")
+            except OSError:
+                text = ""  # of another work folder of old: nothing is known of its clips
+            lists[digest] = text.split("\n")[:-1]
+        with suppress(ValueError, IndexError):
+            found.add(lists[digest][int(index)])
+    return frozenset(found)
+
+
+def _sbatch(text: str, after: str | None) -> str:
+    waiting = () if after is None else dependency(after)
+    said = _call(["sbatch", "--parsable", *waiting], "sbatch", stdin=text)
+    number = said.strip().partition(";")[0]
+    if not number.isdecimal():
+        raise ClusterError(f"sbatch gave no job number but {said.strip()!r}")
+    return number
+
+
+def _half_submitted(error: ClusterError, done: Sequence[Submission]) -> ClusterError:
+    if not done:
+        return error
+    numbers = " ".join(str(d.job) for d in done)
+    return ClusterError(
+        f"{error.message} (job {numbers} is submitted all the same)",
+        hint=f"take it back with `scancel {numbers}`, or submit again once it is done",
+    )
+
+
+def _call(command: list[str], what: str, stdin: str | None = None) -> str:
+    """Run one of Slurm's commands and give what it said."""
+    try:
+        answer = subprocess.run(
+            command, input=stdin, capture_output=True, text=True, timeout=PATIENCE, check=False
+        )
+    except FileNotFoundError:
+        raise ClusterError(
+            f"there is no `{what}` here",
+            hint="submit from a login node of a Slurm cluster; --dry-run works everywhere",
+        ) from None
+    except subprocess.TimeoutExpired:
+        raise ClusterError(
+            f"`{what}` gave no answer within {PATIENCE} seconds",
+            hint="look with `squeue --me` whether anything was submitted, then try again",
+        ) from None
+    if answer.returncode:
+        lines = [line.strip() for line in (answer.stderr or answer.stdout).splitlines()]
+        said = "; ".join(line.removeprefix(f"{what}: error: ") for line in lines if line)
+        raise ClusterError(
+            f"`{what}` refused: {said}",
+            hint="see `sinfo` and `sacctmgr` for what "
+            "this cluster offers, and the options of `tokenflow-batch submit`",
+        )
+    return answer.stdout
