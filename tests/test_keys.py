@@ -41,7 +41,7 @@ LITERAL = {
     "match": "ba33cae308134cf1c97f17ef",
     "edit": "1cc2e2d142fc088efb54bd68",
     "render": "4345a8682aa8e8f6d17ed11a",
-    "report": "1022250581a3159d9375878c",
+    "report": "d4173c27ff20274a9ed01df8",
 }
 
 

@@ -2,12 +2,23 @@
 
 import math
 
+import cv2
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokenflow_batch.metrics import Consistency, OpticalFlow, Running, psnr, warp, warp_error
+from tokenflow_batch.metrics import (
+    Consistency,
+    Looks,
+    OpticalFlow,
+    Running,
+    Seams,
+    look,
+    psnr,
+    warp,
+    warp_error,
+)
 
 shifts = st.tuples(st.integers(-6, 6), st.integers(-6, 6))
 seeds = st.integers(0, 2**32 - 1)
@@ -118,3 +129,78 @@ def test_a_mean_leaves_out_what_is_no_number():
     for value in (1.0, math.nan, 4.0):
         mean.add(value)
     assert (mean.mean, mean.count, mean.largest) == (2.5, 2, 4.0)
+
+
+# -- seams ---------------------------------------------------------------------------------------
+
+
+def drifting(frames, step=0.0, joins=(), seed=0):
+    """A video of noise around a colour, which moves by `step` (of 255) at every join."""
+    rng = np.random.default_rng(seed)
+    level, video = 100.0, []
+    for i in range(frames):
+        level += step if i in joins else 0.0
+        base = np.array([level + 3 * math.sin(0.7 * i), 90, 60])
+        video.append(np.clip(base + rng.normal(0, 4, (24, 24, 3)), 0, 255).astype(np.uint8))
+    return video
+
+
+def looks_of(video):
+    looks = Looks()
+    for frame in video:
+        looks.add(frame)
+    return looks
+
+
+JOINS = (20, 40, 60, 80)
+
+
+def test_a_video_without_seams_has_a_ratio_around_one():
+    colour, texture_change = looks_of(drifting(100)).changes(8)
+    for change in (colour, texture_change):
+        seam = Seams.of(change, 8, JOINS)
+        assert seam.low < 1 < seam.high
+
+
+def test_a_step_at_the_joins_shows():
+    change, _ = looks_of(drifting(100, 6, JOINS)).changes(8)
+    seam = Seams.of(change, 8, JOINS)
+    assert seam.low > 1.3
+    # Elsewhere there is no such step.
+    assert Seams.of(change, 8, tuple(j + 10 for j in JOINS)).ratio < 0.8
+
+
+def test_a_change_over_a_cut_is_no_seam():
+    looks = looks_of(drifting(100, 60, (50,)))
+    assert Seams.of(looks.changes(8)[0], 8, (50,)).ratio > 5
+    assert Seams.of(looks.changes(8, cuts=(50,))[0], 8, (50,)) is None
+
+
+def test_without_joins_or_with_nothing_else_there_is_no_ratio():
+    change, _ = looks_of(drifting(12)).changes(8)
+    assert Seams.of(change, 8, ()) is None
+    assert Seams.of(change, 8, (8,)) is None
+    assert looks_of(drifting(3)).changes(8)[0].shape == (0,)
+
+
+def test_drift_is_the_distance_of_first_and_last():
+    assert looks_of(drifting(60)).drift(20)[0] < 1
+    assert looks_of(drifting(60, 20, (30,))).drift(20)[0] > 5
+
+
+@given(st.integers(0, 255), st.integers(0, 255), st.integers(0, 255))
+@settings(max_examples=25)
+def test_a_look_is_lab_and_flat_colour_has_no_texture(red, green, blue):
+    frame = np.full((6, 5, 3), (red, green, blue), np.uint8)
+    lab = cv2.cvtColor(frame[:1, :1].astype(np.float32) / 255, cv2.COLOR_RGB2LAB)[0, 0]
+    assert np.allclose(look(frame), [*lab, 0], atol=1e-3)
+
+
+def test_a_look_sees_what_the_mask_shows():
+    frame = np.zeros((8, 8, 3), np.uint8)
+    frame[:, 4:] = 255
+    mask = np.zeros((8, 8), bool)
+    mask[:, 6:] = True
+    assert look(frame, mask)[0] == pytest.approx(100, abs=0.1)
+    assert look(frame)[3] > 5  # a step from 0 to 100 over two of eight columns
+    assert np.isnan(look(frame, mask & False)).all()

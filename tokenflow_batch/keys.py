@@ -20,7 +20,7 @@ VERSIONS: Mapping[StageName, int] = {
     "match": 1,
     "edit": 2,
     "render": 1,
-    "report": 1,
+    "report": 2,
 }
 
 _ENCODE = ("resolution", "fit", "chunk_frames", "vae_batch")

@@ -5,7 +5,7 @@ Frames are uint8 (H, W, 3) RGB; flow is float32 (H, W, 2), pixels, x then y.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import cv2
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 Frame = NDArray[np.uint8]
 Flow = NDArray[np.float32]
 
+_AXES = ((1, 0), (0, 1))
 _CONSISTENT = 1.0
 """Pixels by which forward and backward flow may disagree before a pixel counts as occluded."""
 
@@ -117,3 +118,106 @@ class Consistency:
             found.source.add(warp_error(source, next_source, along, visible))
             found.edited.add(warp_error(edited, next_edited, along, visible))
         return found
+
+
+def look(frame: Frame, mask: NDArray[np.bool_] | None = None) -> NDArray[np.float32]:
+    """What a frame looks like as a whole, over the pixels in `mask` (H, W) if one is given.
+
+    Returns:
+        (4,) float32: mean CIELAB (L* from 0 to 100, a*, b*), and texture, the mean magnitude of
+        the gradient of L* per pixel. NaN where the mask is empty.
+    """
+    lab = cv2.cvtColor(frame.astype(np.float32) / 255, cv2.COLOR_RGB2LAB)
+    along_x, along_y = (cv2.Sobel(lab[..., 0], cv2.CV_32F, *d, scale=1 / 8) for d in _AXES)
+    parts = np.dstack([lab, np.hypot(along_x, along_y)])
+    chosen = parts.reshape(-1, 4) if mask is None else parts[mask]
+    if not len(chosen):
+        return np.full(4, np.nan, np.float32)
+    mean: NDArray[np.float32] = chosen.mean(axis=0, dtype=np.float64).astype(np.float32)
+    return mean
+
+
+@dataclass(frozen=True)
+class Seams:
+    """How much more a video changes across joins than elsewhere, over the same distance.
+
+    Attributes:
+        across: mean change over pairs of frames on both sides of a join.
+        elsewhere: the same, of pairs with no join between them.
+        ratio: across / elsewhere; 1 is invisible.
+        low: lower end of its 95 % bootstrap interval over pairs.
+        high: upper end.
+    """
+
+    across: float
+    elsewhere: float
+    ratio: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, change: NDArray[np.floating], gap: int, joins: Sequence[int]) -> Seams | None:
+        """Compare a video's changes.
+
+        Args:
+            change: change from frame t to t + gap, (F - gap,); NaN where it means nothing, such
+                as across a shot cut.
+            gap: frames between the two.
+            joins: where one piece of the video ends and the next begins: first frames of the
+                latter.
+
+        Returns:
+            None if there is no pair of either kind.
+        """
+        known = ~np.isnan(change)
+        starts = np.arange(len(change))
+        near = np.zeros(len(change), bool)
+        for join in joins:
+            near |= (starts < join) & (join <= starts + gap)
+        first, second = change[near & known], change[~near & known]
+        if not len(first) or not len(second):
+            return None
+        rng = np.random.default_rng(0)
+        drawn = [_bootstrapped(values, rng) for values in (first, second)]
+        low, high = np.quantile(drawn[0] / np.maximum(drawn[1], 1e-12), (0.025, 0.975))
+        across, elsewhere = float(first.mean()), float(second.mean())
+        return cls(across, elsewhere, across / max(elsewhere, 1e-12), float(low), float(high))
+
+
+def _bootstrapped(
+    values: NDArray[np.floating], rng: np.random.Generator, draws: int = 2000
+) -> NDArray[np.float64]:
+    """Means of resampled values; a few at a time, so that long videos need no more memory."""
+    size = len(values)
+    return np.array([values[rng.integers(size, size=size)].mean() for _ in range(draws)])
+
+
+@dataclass
+class Looks:
+    """The looks of all frames of a video: 16 bytes a frame."""
+
+    values: list[NDArray[np.float32]] = field(default_factory=list)
+
+    def add(self, frame: Frame, mask: NDArray[np.bool_] | None = None) -> None:
+        """Take one frame."""
+        self.values.append(look(frame, mask))
+
+    def changes(
+        self, gap: int, cuts: Sequence[int] = ()
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Change of colour (CIE76 ΔE) and of texture over `gap` frames, (F - gap,) each.
+
+        NaN where a shot cut (first frame of a shot) lies between the two.
+        """
+        looks = np.array(self.values, np.float64).reshape(-1, 4)
+        delta = looks[gap:] - looks[: max(0, len(looks) - gap)]
+        starts = np.arange(len(delta))
+        for cut in cuts:
+            delta[(starts < cut) & (cut <= starts + gap)] = np.nan
+        return np.linalg.norm(delta[:, :3], axis=1), np.abs(delta[:, 3])
+
+    def drift(self, frames: int) -> tuple[float, float]:
+        """Change of colour (ΔE) and of texture from the first so many frames to the last."""
+        looks = np.array(self.values, np.float64).reshape(-1, 4)
+        delta = np.nanmean(looks[-frames:], axis=0) - np.nanmean(looks[:frames], axis=0)
+        return float(np.linalg.norm(delta[:3])), float(abs(delta[3]))

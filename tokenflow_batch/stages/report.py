@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,12 @@ from numpy.typing import NDArray
 from tokenflow_batch.config import STAGES
 from tokenflow_batch.files import replacing
 from tokenflow_batch.ledger import StageFolder
-from tokenflow_batch.metrics import Consistency
+from tokenflow_batch.metrics import Consistency, Looks, Seams
 from tokenflow_batch.sheet import contact_sheet, sample_times
 from tokenflow_batch.stages.base import Stage, StageContext
 from tokenflow_batch.stages.clip import Clip, read_clip
 from tokenflow_batch.stages.render import VIDEO, VIDEO_FILE
+from tokenflow_batch.tokenflow.windows import Layout
 from tokenflow_batch.video import Encoding, join, probe, read_frames, write_segment
 
 REPORT = "report"
@@ -48,7 +50,8 @@ def _report(context: StageContext, folder: StageFolder) -> None:
                 yield pair
                 advance(1)
 
-        consistency = Consistency.of(counted())
+        looks = Looks(), Looks()
+        consistency = Consistency.of(_looked_at(counted(), looks))
         shown = _side_by_side(context, clip, counted(), folder)
     with replacing(folder.folder / SHEET) as path:
         times = [
@@ -61,6 +64,7 @@ def _report(context: StageContext, folder: StageFolder) -> None:
             {"source": [s for s, _ in shown.values()], "edit": [e for _, e in shown.values()]},
         )
     metrics = _metrics(context, clip, consistency)
+    metrics["seams"] = _seams(clip, clip.layout(context.settings), looks)
     with replacing(folder.folder / METRICS) as path:
         path.write_text(json.dumps(metrics, indent=1) + "\n", "utf-8")
     folder.commit(REPORT, [folder.folder / name for name in (METRICS, SHEET, SIDE_BY_SIDE)])
@@ -75,6 +79,29 @@ def _pairs(context: StageContext, clip: Clip, edited: Path) -> Iterator[tuple[Fr
     for before, after in zip(source, result, strict=True):
         shown = before if context.settings.restore_size else clip.geometry.apply(before)
         yield shown, after[:height, :width]  # the coded picture may have one row or column more
+
+
+def _looked_at(
+    pairs: Iterable[tuple[Frame, Frame]], looks: tuple[Looks, Looks]
+) -> Iterator[tuple[Frame, Frame]]:
+    for pair in pairs:
+        for own, frame in zip(looks, pair, strict=True):
+            own.add(frame)
+        yield pair
+
+
+def _seams(clip: Clip, layout: Layout, looks: tuple[Looks, Looks]) -> dict[str, Any]:
+    """Changes across the joins of windows against changes elsewhere, and drift; None: no joins."""
+    found: dict[str, Any] = {"joins": list(layout.joins), "gap_frames": clip.segment_length}
+    for name, own in zip(("source", "edited"), looks, strict=True):
+        changes = own.changes(clip.segment_length, clip.cuts)
+        seams = (Seams.of(change, clip.segment_length, layout.joins) for change in changes)
+        drift = own.drift(min(map(len, layout.windows)))
+        found[name] = {
+            kind: {"join": seam and asdict(seam), "drift": drifted}
+            for kind, seam, drifted in zip(("colour", "texture"), seams, drift, strict=True)
+        }
+    return found
 
 
 def _side_by_side(

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import TypeVar
 
 from tokenflow_batch.tokenflow.keyframes import (
@@ -132,6 +133,12 @@ class Layout:
         count = min(anchors, len(segs))
         spread = tuple(sorted({(2 * i + 1) * len(segs) // (2 * count) for i in range(count)}))
         return cls(frames, length, tuple(cuts), segs, windows, spread)
+
+    @property
+    def joins(self) -> tuple[int, ...]:
+        """Where one window hands over to the next: the middle frames of their overlaps."""
+        pairs = pairwise(self.windows)
+        return tuple((second.start + first.stop) // 2 for first, second in pairs)
 
     def neighbours(self, rule: NeighbourRule, drawn: Sequence[int], frame: int) -> Neighbours:
         """Whom a frame looks at, by position among the whole clip's keyframes."""
