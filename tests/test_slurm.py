@@ -225,7 +225,7 @@ def test_one_clip_over_two_nodes_outlives_a_killed_process(
     (said,) = submit(manifest, "--multi-node", "2", "--time", "30")["submitted"]
     wait_until(lambda: first_at_work(manifest) == 0, "a first commit")
     os.kill(process_of(manifest, rank=1), signal.SIGKILL)
-    wait_until(lambda: restarts(slurm, said["job"])[0] == 1, "the job to be queued again")
+    wait_until(lambda: restarts(slurm, said["job"])[0] >= 1, "the job to be queued again")
     assert set(finish(slurm, [said["job"]]).values()) == {"COMPLETED"}
     _same_as_a_plain_run(manifest, tmp_path / "plain")
 
@@ -270,7 +270,7 @@ def test_the_plain_array_script_goes_on_after_a_signal(slurm, two, tmp_path):
     job = slurm("sbatch", "--parsable", "--array=0-1", "-o", log, script, manifest, names)
     wait_until(lambda: set(tasks(slurm, job).values()) == {"RUNNING"}, "both to run")
     slurm("scancel", "--batch", "--signal=TERM", f"{job}_1")
-    wait_until(lambda: restarts(slurm, job)[1] == 1, "it to be queued again")
+    wait_until(lambda: restarts(slurm, job)[1] >= 1, "it to be queued again")
     assert set(finish(slurm, [job]).values()) == {"COMPLETED"}
     assert_equal(manifest, two)
 
