@@ -151,7 +151,6 @@ class Cluster:
             time.sleep(0.2)
         for daemon in reversed(self.daemons):
             daemon.send_signal(signal.SIGTERM)
-        for daemon in self.daemons:
             try:
                 daemon.wait(10)
             except subprocess.TimeoutExpired:
