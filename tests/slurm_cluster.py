@@ -43,6 +43,7 @@ SchedulerParameters=sched_interval=1,bf_interval=1,sched_min_interval=0
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 KillWait=15
+MessageTimeout=100
 MinJobAge=3600
 JobAcctGatherType=jobacct_gather/none
 PreemptType=preempt/partition_prio
@@ -150,7 +151,6 @@ class Cluster:
             time.sleep(0.2)
         for daemon in reversed(self.daemons):
             daemon.send_signal(signal.SIGTERM)
-        for daemon in self.daemons:
             try:
                 daemon.wait(10)
             except subprocess.TimeoutExpired:

@@ -66,6 +66,12 @@ def test_status_loads_nothing_heavy(manifest):
     assert "clip/blue" in said
 
 
+def test_submit_loads_nothing_heavy(manifest):
+    found, said = imported("submit", manifest, "--dry-run")
+    assert found == "0 []"
+    assert "tokenflow-batch run" in said
+
+
 def test_a_wrong_manifest_is_told_before_anything_heavy_is_loaded(tmp_path):
     (tmp_path / "m.yaml").write_text("version: 1\n")
     found, _ = imported("run", tmp_path / "m.yaml")

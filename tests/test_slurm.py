@@ -2,24 +2,31 @@
 
 import json
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 from jobs import clip, command, outcome, run, same, write_manifest
 from slurm_cluster import slurm
+from test_submit import CASES, MISSING, WORK
 
 from tokenflow_batch.manifest import load
+from tokenflow_batch.slurm import plan
 from tokenflow_batch.status import status as read_status
 
 pytestmark = pytest.mark.slow
 __all__ = ["slurm"]
 
 BIN = Path(sys.executable).parent
+SCRIPTS = Path(__file__).parents[1] / "scripts"
 CLIPS = [
     {"video": f"{name}.mp4", "edits": [{"name": e, "prompt": e} for e in ("blue", "red")]}
     for name in ("one", "two", "three", "four [4]")
@@ -177,3 +184,157 @@ def _same_as_a_plain_run(manifest, folder):
     assert [r.error for r in results] == [None] * len(results)
     for number in range(len(results)):
         assert same(outcome(manifest, number), outcome(plain, number))
+
+
+def test_sbatch_accepts_the_scripts(slurm, tmp_path):
+    given = {"nodes": ("1", None), "full": ("1", "50"), "gpus": ("2", None), "plain": ("1", None)}
+    for name, (gpus, limit) in given.items():
+        wanted = replace(
+            CASES[name], gpus=gpus, time=limit, mem="1G", cpus=1, constraint=None, qos=None
+        )
+        for one in plan(wanted, WORK, MISSING):
+            path = tmp_path / f"{name}.sbatch"
+            path.write_text(one.text)
+            slurm("sbatch", "--test-only", path)  # raises where it is refused
+    path.write_text(one.text.replace("--nodes=1", "--nodes=7"))
+    with pytest.raises(RuntimeError, match="not available"):
+        slurm("sbatch", "--test-only", path)
+
+
+def test_what_slurm_refuses_is_told(slurm, submit, tmp_path, tiny_model):
+    manifest = make_batch(tmp_path, tiny_model, CLIPS[:1])
+    answer = command("submit", manifest, "--partition", "lunch")
+    assert answer.exit_code == 5
+    assert "`sbatch` refused" in answer.output
+    assert "partition" in answer.output
+    answer = command("submit", manifest, "--cpu-partition", "lunch")
+    assert answer.exit_code == 5
+    (number,) = re.findall(r"\(job (\d+) is submitted all the same\)", answer.output)
+    slurm("scancel", number)
+    wait_until(lambda: set(tasks(slurm, number).values()) == {"CANCELLED"}, "the end of it")
+    (said,) = submit(manifest)["submitted"]
+    slurm("scancel", said["job"])
+
+
+def test_one_clip_over_two_nodes_outlives_a_killed_process(
+    slurm, submit, tmp_path, tiny_model, monkeypatch
+):
+    pytest.importorskip("tokenflow_batch.distributed")
+    monkeypatch.setenv("TOKENFLOW_MASTER_ADDR", "127.0.0.1")
+    manifest = make_batch(tmp_path, tiny_model, CLIPS[:1], frames=16)
+    (said,) = submit(manifest, "--multi-node", "2", "--time", "30")["submitted"]
+    wait_until(lambda: first_at_work(manifest) == 0, "a first commit")
+    os.kill(process_of(manifest, rank=1), signal.SIGKILL)
+    wait_until(lambda: restarts(slurm, said["job"])[0] >= 1, "the job to be queued again")
+    assert set(finish(slurm, [said["job"]]).values()) == {"COMPLETED"}
+    _same_as_a_plain_run(manifest, tmp_path / "plain")
+
+
+def process_of(manifest, rank):
+    """The process of that rank that works on a manifest."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            words = (folder / "cmdline").read_bytes().split(b"\0")
+            variables = (folder / "environ").read_bytes().split(b"\0")
+            if str(manifest).encode() in words and f"RANK={rank}".encode() in variables:
+                return int(folder.name)
+    raise AssertionError(f"no process has rank {rank}")
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory, tiny_model):
+    """A batch of two clips, run plainly."""
+    folder = tmp_path_factory.mktemp("two")
+    manifest = make_batch(folder, tiny_model, CLIPS[2:])
+    assert [result.error for result in run(manifest)] == [None] * 4
+    return manifest
+
+
+def another(two, folder):
+    """The same batch, not begun."""
+    for file in [two, *two.parent.glob("*.mp4")]:
+        shutil.copy2(file, folder)
+    return folder / two.name
+
+
+def assert_equal(manifest, two):
+    for number in range(4):
+        assert same(outcome(manifest, number), outcome(two, number))
+
+
+@pytest.mark.usefixtures("submit")
+def test_the_plain_array_script_goes_on_after_a_signal(slurm, two, tmp_path):
+    manifest, names = another(two, tmp_path), tmp_path / "clips.txt"
+    names.write_text("three\nfour [[]4]\n")
+    script, log = SCRIPTS / "slurm_array.sbatch", tmp_path / "%a.log"
+    job = slurm("sbatch", "--parsable", "--array=0-1", "-o", log, script, manifest, names)
+    wait_until(lambda: set(tasks(slurm, job).values()) == {"RUNNING"}, "both to run")
+    slurm("scancel", "--batch", "--signal=TERM", f"{job}_1")
+    wait_until(lambda: restarts(slurm, job)[1] >= 1, "it to be queued again")
+    assert set(finish(slurm, [job]).values()) == {"COMPLETED"}
+    assert_equal(manifest, two)
+
+
+def test_a_cancelled_task_stays_away(slurm, submit, two, tmp_path):
+    (said,) = submit(another(two, tmp_path), "--throttle", "1")["submitted"]
+    job = said["job"]
+    wait_until(lambda: tasks(slurm, job)[0] == "RUNNING", "the first to run")
+    slurm("scancel", job)
+    wait_until(lambda: set(tasks(slurm, job).values()) == {"CANCELLED"}, "the end of both")
+    time.sleep(3)
+    assert set(tasks(slurm, job).values()) == {"CANCELLED"}
+
+
+@pytest.mark.usefixtures("submit")
+def test_the_plain_multi_node_script_starts_a_process_on_each_node(slurm, two, tmp_path):
+    script, log = SCRIPTS / "slurm_multinode.sbatch", tmp_path / "log"
+    where = slurm.env["PATH"]
+    options = ["--parsable", "--gpus-per-node=1", "--export=ALL,TOKENFLOW_MASTER_ADDR=127.0.0.1"]
+    job = slurm("sbatch", *options, "-o", log, script, two, PATH=f"{BIN}:{where}")
+    wait_until(lambda: set(tasks_of(slurm, job)) <= ENDED, "the job")
+    assert tasks_of(slurm, job) == ["COMPLETED"], log.read_text()
+    assert "three/blue: nothing to do" in log.read_text()
+
+
+def tasks_of(slurm, job):
+    """The state of a job that is no array."""
+    return [slurm.details(job)["JobState"]]
+
+
+@pytest.mark.usefixtures("submit")
+def test_a_machine_with_several_gpus_works_on_several_clips(two, tmp_path):
+    manifest = another(two, tmp_path)
+    answer = subprocess.run(
+        [SCRIPTS / "multi_gpu.sh", manifest, "--threads", "1"],
+        env={**os.environ, "GPUS": "0 1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert answer.returncode == 0, answer.stderr
+    assert_equal(manifest, two)
+
+
+@pytest.mark.usefixtures("submit")
+def test_the_lines_of_the_page_work(slurm, two, tmp_path):
+    text = (SCRIPTS.parent / "docs" / "cluster.md").read_text()
+    block = text.partition("```console\n")[2].partition("```")[0]
+    lines = [line.removeprefix("$ ") for line in block.splitlines()]
+    assert 5 <= len(lines) <= 10
+    manifest = another(two, tmp_path)
+    manifest.write_text(manifest.read_text().replace("output: out/", "output: outputs/"))
+    said = []
+    for line in lines:
+        answer = subprocess.run(
+            ["bash", "-c", line], cwd=tmp_path, capture_output=True, text=True, check=False
+        )
+        assert answer.returncode == 0, (line, answer.stderr)
+        said.append(answer.stdout)
+        if line.startswith("squeue"):
+            (job,) = re.findall(r"job (\d+): all stages of 2 clips", said[-2])
+            assert set(finish(slurm, [job]).values()) == {"COMPLETED"}
+    assert "nothing to submit" in said[5]
+    assert said[-1].split() == [
+        "outputs/four", "[4]/blue.mp4", "outputs/four", "[4]/red.mp4",
+        "outputs/three/blue.mp4", "outputs/three/red.mp4",
+    ]  # fmt: skip

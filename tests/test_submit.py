@@ -167,6 +167,13 @@ def test_without_slurm_submit_says_so(manifest, monkeypatch, tmp_path):
     assert "Traceback" not in answer.output
 
 
+def test_a_work_folder_that_is_none_is_told(manifest):
+    answer = command("submit", manifest, "--workdir", manifest / "inside")
+    assert answer.exit_code == 6
+    assert "Not a directory" in answer.output
+    assert "Traceback" not in answer.output
+
+
 def test_a_silent_or_refusing_slurm_is_told(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     monkeypatch.setattr(slurm, "PATIENCE", 0.5)

@@ -17,7 +17,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from tokenflow_batch.config import Batch
-from tokenflow_batch.errors import ClusterError
+from tokenflow_batch.errors import ClusterError, StoreError
 from tokenflow_batch.files import replacing
 from tokenflow_batch.sbatch import Array, Part, Resources, Work, script
 from tokenflow_batch.status import JobStatus, status
@@ -128,8 +128,14 @@ def submit(batch: Batch, resources: Resources, work: Work) -> tuple[Missing, lis
         ClusterError: Slurm is not there, does not answer, or refuses.
         ManifestError: a value can't be written into a script.
         ModelError: the model is not on this disk.
+        StoreError: the work folder can't be written.
     """
-    (work.folder / "logs").mkdir(parents=True, exist_ok=True)
+    try:
+        (work.folder / "logs").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StoreError(
+            f"{work.folder}: {error.strerror}", hint="the output and work folders must be writable"
+        ) from None
     with FileLock(work.folder / "submit.lock"):
         found = missing(batch, queued(work))
         done: list[Submission] = []

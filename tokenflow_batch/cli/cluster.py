@@ -69,7 +69,7 @@ def _submit(
     mem: Annotated[Text, _option("--mem", "Memory of a node.", "SIZE")] = None,
     cpus: Annotated[
         int | None,
-        typer.Option(min=1, help="Cores of a process's node.", rich_help_panel=_SLURM),
+        typer.Option(min=1, help="CPU cores of a task, on each node.", rich_help_panel=_SLURM),
     ] = None,
     gpus: Annotated[
         str, _option("--gpus-per-job", "GPUs on each node of a task.", "[TYPE:]N")
