@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenflow_batch.errors import DamagedUnit, NumericsMismatch, StoreError
-from tokenflow_batch.files import digest, fsync, write_json
+from tokenflow_batch.files import digest, digest_json, fsync, write_json
 
 COMPLETE = "complete"
 
@@ -39,13 +39,17 @@ class Record:
     dropped: bool = False
 
     def to_json(self) -> dict[str, Any]:
-        """As stored."""
+        """As stored, with a digest of itself: facts decide results, too (shapes, sizes)."""
         files = {name: list(value) for name, value in self.files.items()}
-        return {"files": files, "facts": dict(self.facts), "dropped": self.dropped}
+        content = {"files": files, "facts": dict(self.facts), "dropped": self.dropped}
+        return {**content, "sha256": digest_json(content)}
 
     @classmethod
     def from_json(cls, raw: Any) -> Record:
-        """From what `to_json` gave; ValueError, KeyError or TypeError if it isn't one."""
+        """From what `to_json` gave; ValueError, KeyError or TypeError if it isn't that."""
+        content = {name: raw[name] for name in ("files", "facts", "dropped")}
+        if raw["sha256"] != digest_json(content):
+            raise ValueError("not what was written")
         files = {str(k): (int(size), str(sha)) for k, (size, sha) in raw["files"].items()}
         return cls(files, dict(raw["facts"]), bool(raw["dropped"]))
 
