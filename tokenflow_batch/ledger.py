@@ -13,11 +13,12 @@ STAGE/KEY/key.json         what the key stands for
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tokenflow_batch.ahead import Behind
 from tokenflow_batch.errors import DamagedUnit, NumericsMismatch, StoreError
 from tokenflow_batch.files import digest, digest_json, fsync, write_json
 
@@ -61,6 +62,7 @@ class StageFolder:
         self.folder, self.stage, self.key = folder, stage, key
         self._commits = folder / "commits"
         self._checked: set[str] = set()
+        self._behind = Behind()
 
     # -- units -------------------------------------------------------------------------------
 
@@ -70,6 +72,7 @@ class StageFolder:
         Raises:
             DamagedUnit: there is a record, but it can't be read.
         """
+        self._behind.wait(unit)
         try:
             data = self._record_path(unit).read_bytes()
         except FileNotFoundError:
@@ -101,6 +104,22 @@ class StageFolder:
         write_json(self._record_path(unit), Record(listed, dict(facts or {})).to_json())
         self._checked.add(unit)
 
+    def commit_behind(self, unit: str, work: Callable[[], None]) -> None:
+        """Have `work`, which writes and commits the unit, done while the caller goes on.
+
+        One unit is behind at most. Whoever asks about it waits for it, and nothing is dropped,
+        forgotten or declared done before it. Its error is raised by the next such call.
+        """
+        self._behind.add(unit, work)
+
+    def settle(self) -> None:
+        """Return when nothing is behind; raises what that has raised."""
+        self._behind.drain()
+
+    def abandon(self) -> None:
+        """Stop working here: returns when a unit that is behind is committed, or has failed."""
+        self._behind.abandon()
+
     def check(self, unit: str) -> Record:
         """Make sure, once per process, that the unit's files are what was committed.
 
@@ -123,6 +142,7 @@ class StageFolder:
 
     def drop(self, unit: str) -> None:
         """Remove a committed unit's files; its record stays, marked. Safe to repeat."""
+        self.settle()
         record = self.record(unit)
         if record is None:
             return
@@ -134,6 +154,7 @@ class StageFolder:
 
     def forget(self, unit: str) -> None:
         """Make a unit not done again, and with it the stage."""
+        self.settle()
         for name in (COMPLETE, unit):
             self._record_path(name).unlink(missing_ok=True)
             self._checked.discard(name)
@@ -142,6 +163,7 @@ class StageFolder:
 
     def units(self) -> Iterator[str]:
         """Names of all committed units, sorted."""
+        self.settle()
         for path in sorted(self._commits.glob("*.json")):
             if path.stem != COMPLETE and not path.name.startswith("."):
                 yield path.stem
@@ -166,6 +188,7 @@ class StageFolder:
 
     def finish(self, facts: Mapping[str, Any]) -> None:
         """Declare the stage done."""
+        self.settle()
         self.commit(COMPLETE, (), facts)
 
     def totals(self) -> dict[str, float]:

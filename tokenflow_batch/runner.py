@@ -140,8 +140,11 @@ class Runner:
                 )
         with self._locked(context, stage):
             folder.open(context.keys[stage].described, self.compute.numerics())
-            implementation.run(context, folder)
-            folder.finish({})
+            try:
+                implementation.run(context, folder)
+                folder.finish({})
+            finally:
+                folder.abandon()  # before the lock goes
         if stage not in result.ran:
             result.ran.append(stage)
 
