@@ -68,12 +68,19 @@ def run(
     threads: ThreadsOption = None,
     until: Annotated[str, typer.Option(metavar="STAGE", help="Stop after this stage.")] = "report",
     force: ForceOption = None,
+    disk_budget: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Remove intermediates of finished clips while the work folder is larger (20GB).",
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Run every job of a manifest through all stages; what is done is skipped."""
     stages = STAGES[: STAGES.index(_stage_name(until)) + 1]
     batch = _load(manifest, output, workdir, device, threads)
-    _run(batch, stages, force or [], as_json)
+    _run(batch, stages, force or [], as_json, disk_budget)
 
 
 def _stage_command(stage: StageName, summary: str) -> Callable[..., None]:
@@ -185,14 +192,23 @@ def _load(
         return replace(batch, runtime=batch.runtime.model_copy(update=given))
 
 
-def _run(batch: Batch, stages: tuple[StageName, ...], force: list[str], as_json: bool) -> None:
+def _run(
+    batch: Batch,
+    stages: tuple[StageName, ...],
+    force: list[str],
+    as_json: bool,
+    disk_budget: str | None = None,
+) -> None:
     forced = [_stage_name(stage) for stage in force]
     with _messages():
+        from tokenflow_batch.disk import parse_size
+
+        budget = None if disk_budget is None else parse_size(disk_budget)
         from tokenflow_batch.console import progress_bars
         from tokenflow_batch.runner import Runner, exit_code
 
         with progress_bars() as progress:
-            results = Runner(batch, progress).run(stages, force=forced)
+            results = Runner(batch, progress).run(stages, force=forced, disk_budget=budget)
     if as_json:
         jobs = [
             {

@@ -13,6 +13,7 @@ STAGE/KEY/key.json         what the key stands for
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from tokenflow_batch.errors import DamagedUnit, NumericsMismatch, StoreError
 from tokenflow_batch.files import digest, digest_json, fsync, write_json
 
 COMPLETE = "complete"
+_FREED = "freed"
 
 
 @dataclass(frozen=True)
@@ -181,7 +183,8 @@ class StageFolder:
         try:
             if not self.finished:
                 return False
-            self._check_sizes()
+            if not self.freed:
+                self._check_sizes()
         except DamagedUnit:
             return False
         return True
@@ -190,6 +193,32 @@ class StageFolder:
         """Declare the stage done."""
         self.settle()
         self.commit(COMPLETE, (), facts)
+
+    @property
+    def finished_ns(self) -> int:
+        """When the stage was declared done, in nanoseconds of the file system's clock."""
+        return self._record_path(COMPLETE).stat().st_mtime_ns
+
+    @property
+    def freed(self) -> bool:
+        """Whether the data of the finished stage were removed to save space (see `free`)."""
+        record = self.record(COMPLETE)
+        return record is not None and bool(record.facts.get(_FREED))
+
+    def free(self) -> None:
+        """Remove the data of a finished stage; it counts as done all the same. Safe to repeat."""
+        record = self.record(COMPLETE)
+        if record is None:
+            raise ValueError(f"{self.folder} is not finished")
+        if not self.freed:
+            facts = {**record.facts, _FREED: True}
+            write_json(self._record_path(COMPLETE), Record(record.files, facts).to_json())
+        for path in self.folder.iterdir():
+            if path.is_dir() and path != self._commits:
+                shutil.rmtree(path)
+            elif path.is_file() and path.name not in ("key.json", "numerics.json"):
+                path.unlink()
+        self._checked.clear()
 
     def totals(self) -> dict[str, float]:
         """Numeric facts summed over all units (rows, seconds)."""

@@ -16,8 +16,10 @@ from pathlib import Path
 
 import torch
 from filelock import FileLock, Timeout
+from pydantic import ByteSize
 
 from tokenflow_batch.config import STAGES, Batch, Job, StageName
+from tokenflow_batch.disk import keep_within
 from tokenflow_batch.errors import (
     DamagedUnit,
     DiskFullError,
@@ -78,16 +80,21 @@ class Runner:
         self._model: Model | None = None
 
     def run(
-        self, stages: Sequence[StageName] = STAGES, *, force: Sequence[StageName] = ()
+        self,
+        stages: Sequence[StageName] = STAGES,
+        *,
+        force: Sequence[StageName] = (),
+        disk_budget: int | None = None,
     ) -> list[JobResult]:
         """Run the given stages of every job, in order.
 
         Args:
             stages: which; earlier ones that are left out must be done already.
             force: of these, begin anew even what is done or half done.
+            disk_budget: bytes that the work folder may hold; what no job needs any more goes.
         """
         forced: set[Path] = set()
-        results = []
+        results, over = [], 0
         for job in self.batch.jobs:
             result = JobResult(job)
             results.append(result)
@@ -97,6 +104,14 @@ class Runner:
                 result.error = self._translate(job, error)
             if result.error is not None:
                 log.error("%s (%s): %s", job.name, job.where, result.error)
+            over = keep_within(self.inputs, disk_budget) if disk_budget is not None else 0
+        if over:
+            log.warning(
+                "disk budget: the work folder %s is still over it by %s; what is left is needed by "
+                "jobs that are not done, or are results",
+                self.inputs.workspace.work,
+                ByteSize(over).human_readable(),
+            )
         return results
 
     def _job(
@@ -112,6 +127,7 @@ class Runner:
         seen: set[tuple[str, str]] = set()
         while True:
             try:
+                self._revive(context, stages)
                 for stage in stages:
                     self._stage(context, stage, result)
                     self._publish(context, stage, result)
@@ -133,9 +149,11 @@ class Runner:
                 result.skipped.append(stage)
             return
         for needed in implementation.inputs:
-            if not context.folder(needed).complete:
+            source = context.folder(needed)
+            if not source.complete or source.freed:
+                state = "was removed to keep the disk budget" if source.finished else "is not done"
                 raise MissingInput(
-                    f"{stage} needs {needed}, which is not done",
+                    f"{stage} needs {needed}, which {state}",
                     hint=f"run `tokenflow-batch {needed}` first, or `tokenflow-batch run`",
                 )
         with self._locked(context, stage):
@@ -173,12 +191,27 @@ class Runner:
             if folder in forced:
                 continue
             forced.add(folder)
-            with self._locked(context, later):
-                if folder.exists():
-                    aside = folder.with_name(f"{folder.name}.removed")
-                    shutil.rmtree(aside, ignore_errors=True)
-                    folder.rename(aside)  # first, so that a kill leaves no half of it
-                    shutil.rmtree(aside)
+            self._remove(context, later)
+
+    def _revive(self, context: StageContext, stages: Sequence[StageName]) -> None:
+        """Begin those stages anew whose data were removed to save space and are needed again."""
+        wanted: set[StageName] = set()
+        for stage in reversed(STAGES):
+            folder = context.folder(stage)
+            again = stage in wanted and folder.finished and folder.freed
+            if again and stage in stages:
+                self._remove(context, stage)
+            if again or not folder.complete:
+                wanted.update(IMPLEMENTATIONS[stage].inputs)
+
+    def _remove(self, context: StageContext, stage: StageName) -> None:
+        folder = context.folder(stage).folder
+        with self._locked(context, stage):
+            if folder.exists():
+                aside = folder.with_name(f"{folder.name}.removed")
+                shutil.rmtree(aside, ignore_errors=True)
+                folder.rename(aside)  # first, so that a kill leaves no half of it
+                shutil.rmtree(aside)
 
     @property
     def model(self) -> Model:
