@@ -10,13 +10,13 @@ when the model is loaded: its peak resident memory, and the seconds of processor
   measurement, or the measurement is worth nothing.
 - Time per frame: at the longer at most 5 % above the shorter, and for the second pair of lengths,
   from one window to many that overlap, at most 20 %. Processor time decides: wall time hears
-  whatever else the machine does. `report` takes part, every stage does.
+  whatever else the machine does.
 
 The exit code says whether all of it holds. A small random model does (`small_model.py`): what a
 process holds for each frame of the clip are latents' and units' bookkeeping, lists and arrays of
 ours, of the same size whatever the weights are and however wide the layers; the model itself adds a
 constant. `--model demo` takes the trained one instead, for hours. The clip runs to and fro, so that
-a frame costs the same wherever it is. With both cores free the whole takes about 15 minutes.
+a frame costs the same wherever it is. With two free cores the whole should take 15 to 20 minutes.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ version: 1
 model: {model}
 output: out
 runtime: {{device: cpu, threads: 1}}
-defaults: {{steps: 2, guidance_scale: 5}}
+defaults: {{{settings}}}
 clips:
   - {{video: clip.mp4, source_prompt: {source!r}, edits: [{{name: edit, prompt: {target!r}}}]}}
 """
@@ -63,8 +63,8 @@ Measured = dict[str, dict[int, dict[str, float]]]
 """stage → frames → peak_bytes, cpu_seconds, wall_seconds."""
 
 
-def prepare(folder: Path, model: str, frames: int, size: int) -> None:
-    """A generated clip of so many frames and its manifest."""
+def prepare(folder: Path, model: str, frames: int, size: int, more: str = "") -> None:
+    """A generated clip of so many frames, written as it is made, and its manifest."""
     import numpy as np
 
     from tokenflow_batch.demo.scenes import Clip, recoloured
@@ -82,7 +82,8 @@ def prepare(folder: Path, model: str, frames: int, size: int) -> None:
         encoding=Encoding(preset="veryfast"),
     )
     target = recoloured(clip, color="blue").caption
-    text = MANIFEST.format(model=model, source=clip.caption, target=target)
+    settings = f"steps: 2, guidance_scale: 5{more}"
+    text = MANIFEST.format(model=model, settings=settings, source=clip.caption, target=target)
     (folder / "manifest.yaml").write_text(text, encoding="utf-8")
 
 
