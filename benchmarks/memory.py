@@ -1,13 +1,22 @@
-"""Does memory grow with the length of the video? Per stage, each size in its own process.
+"""Do memory and time per frame grow with the length of the video? Each size in its own process.
 
-    python benchmarks/memory.py [--frames 128 512] [--json FILE]
+    python benchmarks/memory.py [--frames 512 4096] [--overlap-frames 64 1024] [--json FILE]
 
-For every stage: the peak resident memory, from when the model is loaded, of a process that runs
-this stage alone on a real encoded clip, and the slope (peak at the longer − peak at the shorter) /
-(frames between them). A variant
-of `encode` that deliberately keeps its frames must be caught by the same measurement, or the
-measurement is worth nothing. The exit code says whether every stage stays under the bound and the
-leak doesn't. Windows are of 4 segments here, so that short clips have several, too.
+For every stage, a process of its own runs this stage alone on a real encoded clip, and tells from
+when the model is loaded: its peak resident memory, and the seconds of processor and of wall time.
+
+- Memory: (peak at the longer − peak at the shorter) / (frames between them) is at most 4 KB. A
+  variant of `encode` that deliberately keeps a sixteenth of each frame must be caught by the same
+  measurement, or the measurement is worth nothing.
+- Time per frame: at the longer at most 5 % above the shorter, and for the second pair of lengths,
+  from one window to many that overlap, at most 20 %. Processor time decides: wall time hears
+  whatever else the machine does.
+
+The exit code says whether all of it holds. A small random model does (`small_model.py`): what a
+process holds for each frame of the clip are latents' and units' bookkeeping, lists and arrays of
+ours, of the same size whatever the weights are and however wide the layers; the model itself adds a
+constant. `--model demo` takes the trained one instead, for hours. The clip runs to and fro, so that
+a frame costs the same wherever it is. With two free cores the whole should take 15 to 20 minutes.
 """
 
 from __future__ import annotations
@@ -22,43 +31,64 @@ import platform
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 from unittest.mock import patch
 
 from tokenflow_batch.config import STAGES, StageName
 
-BOUND = 4096.0
+BOUND: Final = 4096.0
 """Bytes a frame that count as flat: timestamps and the units' bookkeeping."""
-LEAKING = "encode, leaking"
+SLOWER: Final = 1.05
+SLOWER_WITH_OVERLAP: Final = 1.2
+LEAKING: Final = "encode, leaking"
+_TURN: Final = 64
+"""Frames after which the clip turns back."""
 
 MANIFEST = """\
 version: 1
-model: demo
+model: {model}
 output: out
 runtime: {{device: cpu, threads: 1}}
-defaults:
-  {{steps: 2, chunk_frames: 32, guidance_scale: 5, window_segments: 4, window_overlap: 1}}
+defaults: {{{settings}}}
 clips:
   - {{video: clip.mp4, source_prompt: {source!r}, edits: [{{name: edit, prompt: {target!r}}}]}}
 """
 
+Measured = dict[str, dict[int, dict[str, float]]]
+"""stage → frames → peak_bytes, cpu_seconds, wall_seconds."""
 
-def prepare(folder: Path, frames: int, size: int) -> None:
-    """A generated clip of so many frames and its manifest."""
-    from tokenflow_batch.demo.job import write_clip
+
+def prepare(folder: Path, model: str, frames: int, size: int, more: str = "") -> None:
+    """A generated clip of so many frames, written as it is made, and its manifest."""
+    import numpy as np
+
     from tokenflow_batch.demo.scenes import Clip, recoloured
+    from tokenflow_batch.video import Encoding, write_segment
 
-    clip = Clip.random(3, frames, size)
-    write_clip(folder / "clip.mp4", clip)
-    text = MANIFEST.format(source=clip.caption, target=recoloured(clip, color="blue").caption)
+    clip = Clip.random(3, _TURN, size)
+    there = list(clip.frames())
+    to_and_fro = [*there, *there[-2:0:-1]]
+    write_segment(
+        folder / "clip.mp4",
+        (to_and_fro[i % len(to_and_fro)] for i in range(frames)),
+        np.arange(frames),
+        time_base=Fraction(1, 12),
+        rate=Fraction(12),
+        encoding=Encoding(preset="veryfast"),
+    )
+    target = recoloured(clip, color="blue").caption
+    settings = f"steps: 2, guidance_scale: 5{more}"
+    text = MANIFEST.format(model=model, settings=settings, source=clip.caption, target=target)
     (folder / "manifest.yaml").write_text(text, encoding="utf-8")
 
 
-def peak(folder: Path, stage: StageName, *, leak: bool = False) -> int:
-    """Peak resident bytes of a fresh process while it runs one stage, by the kernel's account."""
+def in_own_process(folder: Path, stage: StageName, *, leak: bool = False) -> dict[str, float]:
+    """Run one stage in a fresh process; what `run_child` measured."""
     command = [sys.executable, __file__, "--child", stage, str(folder / "manifest.yaml")]
     if leak:
         command.append("--leak")
@@ -69,7 +99,8 @@ def peak(folder: Path, stage: StageName, *, leak: bool = False) -> int:
     )
     if done.returncode:
         raise SystemExit(f"{stage} failed in {folder}")
-    return int(done.stdout)
+    measured: dict[str, float] = json.loads(done.stdout)
+    return measured
 
 
 def forget_peak() -> None:
@@ -87,14 +118,14 @@ def peak_bytes() -> int:
 
 @contextmanager
 def leaking_frames() -> Iterator[None]:
-    """Make `encode` keep every frame it reads, as a careless list would."""
+    """Make `encode` keep a thumbnail of every frame it reads, as a careless list would."""
     from tokenflow_batch.video import read_frames
 
     kept: list[Any] = []
 
     def hoarding(*args: Any) -> Iterator[Any]:
         for frame in read_frames(*args):
-            kept.append(frame.copy())
+            kept.append(frame[::4, ::4].copy())
             yield frame
 
     with patch("tokenflow_batch.stages.encode.read_frames", hoarding):
@@ -102,12 +133,11 @@ def leaking_frames() -> Iterator[None]:
 
 
 def run_child(stage: StageName, manifest: Path, *, leak: bool) -> None:
-    """Run one stage in this process."""
-    from contextlib import nullcontext
-
+    """Run one stage in this process and print what it took."""
     from tokenflow_batch.console import progress_bars
     from tokenflow_batch.manifest import load
-    from tokenflow_batch.runner import Runner, exit_code
+    from tokenflow_batch.results import exit_code
+    from tokenflow_batch.runner import Runner
 
     with leaking_frames() if leak else nullcontext(), progress_bars() as progress:
         force = (stage,) if leak else ()
@@ -115,61 +145,112 @@ def run_child(stage: StageName, manifest: Path, *, leak: bool) -> None:
         if stage != "report":
             assert runner.model is not None  # loaded here, before anything is measured
         forget_peak()
+        wall, cpu = time.perf_counter(), time.process_time()
         results = runner.run((stage,), force=force)
-    print(peak_bytes())
+        taken = {
+            "cpu_seconds": round(time.process_time() - cpu, 3),
+            "wall_seconds": round(time.perf_counter() - wall, 3),
+        }
+    print(json.dumps({"peak_bytes": peak_bytes(), **taken}))
     sys.exit(exit_code(results))
 
 
-def measure(short: int, long: int, size: int) -> dict[str, dict[str, float]]:
-    """Peaks and slopes of every stage and of the leaking variant."""
-    peaks: dict[str, list[int]] = {}
-    for frames in (short, long):
+def measure(lengths: list[int], leaking: tuple[int, ...], model: str, size: int) -> Measured:
+    """Every stage at every length, and the leaking variant at some."""
+    found: Measured = {name: {} for name in (*STAGES, LEAKING)}
+    for frames in lengths:
         with tempfile.TemporaryDirectory() as scratch:
-            prepare(Path(scratch), frames, size)
+            folder = Path(scratch)
+            prepare(folder, model, frames, size)
             for stage in STAGES:
-                peaks.setdefault(stage, []).append(peak(Path(scratch), stage))
-                print(f"{stage} at F = {frames}: {peaks[stage][-1] / 2**20:.1f} MiB", flush=True)
-            peaks.setdefault(LEAKING, []).append(peak(Path(scratch), "encode", leak=True))
+                found[stage][frames] = now = in_own_process(folder, stage)
+                print(
+                    f"{stage} at F = {frames}: {now['peak_bytes'] / 2**20:.1f} MiB, "
+                    f"{1e3 * now['cpu_seconds'] / frames:.1f} ms a frame of processor time, "
+                    f"{1e3 * now['wall_seconds'] / frames:.1f} ms of wall time",
+                    flush=True,
+                )
+            if frames in leaking:
+                found[LEAKING][frames] = in_own_process(folder, "encode", leak=True)
+    return found
+
+
+def memory_slopes(found: Measured, short: int, long: int) -> dict[str, float]:
+    """Bytes a frame by which every stage's peak grows."""
     return {
-        name: {
-            f"peak_bytes_{short}": low,
-            f"peak_bytes_{long}": high,
-            "bytes_per_frame": (high - low) / (long - short),
+        name: (at[long]["peak_bytes"] - at[short]["peak_bytes"]) / (long - short)
+        for name, at in found.items()
+    }
+
+
+def time_ratios(found: Measured, clock: str, short: int, long: int) -> dict[str, float]:
+    """Time per frame at the longer over that at the shorter, by stage."""
+    return {
+        stage: round(found[stage][long][clock] / long / (found[stage][short][clock] / short), 3)
+        for stage in STAGES
+    }
+
+
+def judged(found: Measured, memory: tuple[int, int], overlap: tuple[int, int]) -> dict[str, Any]:
+    """Slopes, ratios and verdicts."""
+    slopes = memory_slopes(found, *memory)
+    times = {}
+    for (short, long), bound in ((memory, SLOWER), (overlap, SLOWER_WITH_OVERLAP)):
+        cpu = time_ratios(found, "cpu_seconds", short, long)
+        times[f"{short} to {long}"] = {
+            "bound": bound,
+            "cpu": cpu,
+            "wall": time_ratios(found, "wall_seconds", short, long),
+            "holds": {stage: ratio <= bound for stage, ratio in cpu.items()},
         }
-        for name, (low, high) in peaks.items()
+    return {
+        "bytes_per_frame": slopes,
+        "bound_bytes_per_frame": BOUND,
+        "flat": {stage: slopes[stage] <= BOUND for stage in STAGES},
+        "leak_caught": slopes[LEAKING] > BOUND,
+        "time_per_frame_ratio": times,
     }
 
 
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--frames", type=int, nargs=2, default=(128, 512), metavar=("F1", "F2"))
-    parser.add_argument("--size", type=int, default=64, help="pixels on each side")
+    pair: dict[str, Any] = {"type": int, "nargs": 2, "metavar": ("F1", "F2")}
+    parser.add_argument("--frames", default=(512, 4096), help="for memory and time", **pair)
+    parser.add_argument(
+        "--overlap-frames", default=(64, 1024), help="for time: one window against many", **pair
+    )
+    parser.add_argument("--size", type=int, default=256, help="pixels on each side")
+    parser.add_argument("--model", choices=("small", "demo"), default="small")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result here")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--leak", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         run_child(args.child[0], Path(args.child[1]), leak=args.leak)
-    short, long = args.frames
-    stages = measure(short, long, args.size)
-    flat = {name: stages[name]["bytes_per_frame"] <= BOUND for name in STAGES}
-    caught = stages[LEAKING]["bytes_per_frame"] > BOUND
+    memory, overlap = tuple(args.frames), tuple(args.overlap_frames)
+    with tempfile.TemporaryDirectory() as scratch:
+        model = args.model
+        if model == "small":
+            from small_model import write_small_model
+
+            model = str(write_small_model(Path(scratch) / "model"))
+        found = measure(sorted({*memory, *overlap}), memory, model, args.size)
+    verdict = judged(found, memory, overlap)
     report = {
         "date": datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
         "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores",
-        "frames": list(args.frames),
+        "model": args.model,
         "size": args.size,
-        "bound_bytes_per_frame": BOUND,
-        "stages": stages,
-        "flat": flat,
-        "leak_caught": caught,
+        "measured": found,
+        **verdict,
     }
     text = json.dumps(report, indent=1)
     print(text)
     if args.json:
         args.json.write_text(text + "\n", encoding="utf-8")
-    sys.exit(0 if all(flat.values()) and caught else 1)
+    in_time = all(all(t["holds"].values()) for t in verdict["time_per_frame_ratio"].values())
+    sys.exit(0 if all(verdict["flat"].values()) and verdict["leak_caught"] and in_time else 1)
 
 
 if __name__ == "__main__":

@@ -59,7 +59,8 @@ def run_child(manifest: Path, told: Path) -> None:
     from tokenflow_batch.console import progress_bars
     from tokenflow_batch.distributed import Team
     from tokenflow_batch.manifest import load
-    from tokenflow_batch.runner import Runner, exit_code
+    from tokenflow_batch.results import exit_code
+    from tokenflow_batch.runner import Runner
 
     team = Team.of_launch()
     with progress_bars(shown=False) as progress:

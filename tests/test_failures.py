@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,7 @@ from tokenflow_batch.config import STAGES
 from tokenflow_batch.errors import DamagedUnit
 from tokenflow_batch.files import digest
 from tokenflow_batch.manifest import load
-from tokenflow_batch.runner import exit_code
+from tokenflow_batch.results import exit_code
 from tokenflow_batch.status import status
 
 
@@ -53,9 +54,10 @@ def said(answer, caplog):
     return answer.stderr + caplog.text
 
 
-def flip(path):
+def flip(path, at=None):
+    """Turn one bit of a file, by default in the middle."""
     data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
+    data[len(data) // 2 if at is None else at] ^= 1
     path.write_bytes(data)
 
 
@@ -63,40 +65,133 @@ def cut(path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-# One file of every kind that a stage keeps.
-KEPT = {
-    "encode": [
-        "facts.json",
-        "pts.npy",
-        "data.zarr/latents/zarr.json",
-        "data.zarr/latents/c/1/0/0/0",
-    ],
-    "invert": ["data.zarr/latents/c/0/1/0/0/0", "data.zarr/residual/c/1/0"],
-    "match": ["data.zarr/conv/c/0/0/0/0/0", "data.zarr/index_128/c/1/1/0/0/0"],
-    "edit": ["data.zarr/latents/c/2/0/0/0/0", "commits/advance-00002-00001.json"],
-    "render": ["video.mp4", "commits/video.json"],
-    "report": ["metrics.json", "side_by_side.mp4"],
+def edit(path, change):
+    """Change what a JSON file says; it stays JSON."""
+    data = json.loads(path.read_text())
+    change(data)
+    path.write_text(json.dumps(data, indent=1))
+
+
+def swap_a_digest(record):
+    name, (size, _) = next(iter(record["files"].items()))
+    record["files"][name] = [size, "0" * 64]
+
+
+FILE = {
+    "flipped": flip,
+    "cut": cut,
+    "empty": lambda p: p.write_bytes(b""),
+    "deleted": lambda p: p.unlink(),
 }
-PLACES = [(stage, name) for stage, names in KEPT.items() for name in names]
+# A shard of n frames: their data, each with its CRC-32C behind, then the index (offset and length,
+# 8 bytes each, for every frame) and the index's CRC-32C. Chunks of this job have 4 frames.
+FRAMES = 4
+SHARD = {
+    **FILE,
+    "flipped in the data": partial(flip, at=0),
+    "flipped in a checksum": partial(flip, at=-4 - 16 * FRAMES - 1),
+    "flipped in the index": partial(flip, at=-4 - 16),
+    "flipped in the index's checksum": partial(flip, at=-1),
+}
 
 
-@pytest.mark.parametrize(("stage", "name"), PLACES)
-@pytest.mark.parametrize("how", [flip, cut], ids=["flipped", "cut"])
-def test_damage_is_named_and_computed_again_with_the_same_result(
-    manifest, caplog, stage, name, how
-):
+def change_one_value(said):
+    said.append(1) if isinstance(said, list) else said.update(fill_value=1)
+
+
+JSON = {**FILE, "edited": lambda p: edit(p, change_one_value)}
+RECORD = {
+    **FILE,
+    "edited digest": lambda p: edit(p, swap_a_digest),
+    "edited facts": lambda p: edit(p, lambda d: d["facts"].update(multiple=1)),
+    "edited to dropped": lambda p: edit(p, lambda d: d.update(dropped=True)),
+}
+
+
+def kinds_of(name):
+    """What can happen to a file of that name."""
+    if name.startswith("commits/"):
+        return RECORD
+    return JSON if name.endswith("json") else SHARD
+
+
+def units_of(manifest):
+    """(stage, unit, record) of all that a job keeps."""
+    for stage in STAGES:
+        folder = folder_of(manifest, stage)
+        for unit in folder.units():
+            if folder.available(unit):
+                yield stage, unit, folder.record(unit)
+
+
+def test_every_kind_of_damage_to_every_file_is_found_and_named(manifest):
+    found = 0
+    for stage, unit, record in units_of(manifest):
+        of_the_record = f"commits/{unit}.json"
+        for name in (*record.files, of_the_record):
+            path = folder_of(manifest, stage).folder / name
+            good = path.read_bytes()
+            for kind, damage in kinds_of(name).items():
+                if kind == "edited digest" and not record.files:
+                    continue
+                damage(path)
+                if path.exists() and path.read_bytes() == good:
+                    continue  # an edit that this file has no room for
+                with pytest.raises(DamagedUnit) as caught:
+                    folder_of(manifest, stage).check(unit)
+                assert (caught.value.stage, caught.value.unit) == (stage, unit), kind
+                assert name == of_the_record or name in caught.value.message, kind
+                path.write_bytes(good)
+                found += 1
+    assert found > 300
+
+
+# A unit of every stage; each is read when the next stage's is computed again.
+NEEDED = {
+    "encode": ("encode-00000", "data.zarr/latents/c/0/0/0/0"),
+    "invert": ("invert-00001-00000", "data.zarr/latents/c/1/0/0/0/0"),
+    "match": ("match-00000-00000", "data.zarr/conv/c/0/0/0/0/0"),
+    "edit": ("advance-00002-00000", "data.zarr/latents/c/2/0/0/0/0"),
+    "render": ("video", "video.mp4"),
+    "report": ("report", "side_by_side.mp4"),
+}
+SHARDS = {stage: name for stage, (_, name) in NEEDED.items()}
+RECORDS = {stage: f"commits/{unit}.json" for stage, (unit, _) in NEEDED.items()}
+LAYOUTS = dict.fromkeys(("encode", "invert", "edit"), "data.zarr/latents/zarr.json")
+LAYOUTS["match"] = "data.zarr/zarr.json"
+FACTS = {"encode": "facts.json", "report": "metrics.json"}
+CASES = [
+    *((SHARDS, kind) for kind in SHARD),
+    *((RECORDS, kind) for kind in ("flipped", "deleted", "edited facts", "edited to dropped")),
+    *((LAYOUTS, kind) for kind in ("edited", "cut", "deleted")),
+    (FACTS, "flipped"),
+]
+
+
+@pytest.mark.parametrize(
+    ("victims", "kind"), CASES, ids=[f"{next(iter(v.values()))} {kind}" for v, kind in CASES]
+)
+def test_damage_is_named_and_computed_again_with_the_same_result(manifest, caplog, victims, kind):
     before, files = outcome(manifest), published(manifest.parent)
     contents = {f: digest(manifest.parent / "out" / f) for f in files}
-    how(folder_of(manifest, stage).folder / name)
-    # What comes after it is wanted anew, so that the damaged file is needed.
-    for later in STAGES[STAGES.index(stage) + 1 :]:
-        shutil.rmtree(folder_of(manifest, later).folder)
+    caplog.clear()
+    for stage, name in victims.items():
+        kinds_of(name)[kind](folder_of(manifest, stage).folder / name)
+    if victims is LAYOUTS:  # what is laid out is only looked at where something is missing
+        for stage, name in SHARDS.items():
+            flip(folder_of(manifest, stage).folder / name)
+    if victims is FACTS:
+        flip(folder_of(manifest, "render").folder / "video.mp4")
     result = run_one(manifest)
-    assert stage in result.ran
-    key = folder_of(manifest, stage).key
     warnings = [r.getMessage() for r in caplog.records]
-    assert any(f"{stage} {key}: unit " in w and "damaged" in w for w in warnings)
-    assert name.startswith("commits/") or any(name in w for w in warnings)
+    for stage, name in victims.items():
+        folder = folder_of(manifest, stage)
+        unit = name.removeprefix("commits/").removesuffix(".json")
+        said_so = [w for w in warnings if f"{stage} {folder.key}: unit " in w and "damaged" in w]
+        assert any((unit if name.startswith("commits/") else name) in w for w in said_so), warnings
+        assert stage in result.ran
+    for stage, unit, _ in units_of(manifest):
+        folder_of(manifest, stage).check(unit)
     assert same(outcome(manifest), before)
     changed = {f for f in files if digest(manifest.parent / "out" / f) != contents[f]}
     assert changed <= {"clip/blue/metrics.json"}  # it says how long things took

@@ -14,15 +14,18 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tokenflow_batch.ahead import Behind
 from tokenflow_batch.errors import DamagedUnit, NumericsMismatch, StoreError
-from tokenflow_batch.files import digest, fsync, write_json
+from tokenflow_batch.files import digest, digest_json, fsync, write_json
 
 COMPLETE = "complete"
+_FREED = "freed"
 
 
 @dataclass(frozen=True)
@@ -40,13 +43,17 @@ class Record:
     dropped: bool = False
 
     def to_json(self) -> dict[str, Any]:
-        """As stored."""
+        """As stored, with a digest of itself: facts decide results, too (shapes, sizes)."""
         files = {name: list(value) for name, value in self.files.items()}
-        return {"files": files, "facts": dict(self.facts), "dropped": self.dropped}
+        content = {"files": files, "facts": dict(self.facts), "dropped": self.dropped}
+        return {**content, "sha256": digest_json(content)}
 
     @classmethod
     def from_json(cls, raw: Any) -> Record:
-        """From what `to_json` gave; ValueError, KeyError or TypeError if it isn't one."""
+        """From what `to_json` gave; ValueError, KeyError or TypeError if it isn't that."""
+        content = {name: raw[name] for name in ("files", "facts", "dropped")}
+        if raw["sha256"] != digest_json(content):
+            raise ValueError("not what was written")
         files = {str(k): (int(size), str(sha)) for k, (size, sha) in raw["files"].items()}
         return cls(files, dict(raw["facts"]), bool(raw["dropped"]))
 
@@ -58,6 +65,7 @@ class StageFolder:
         self.folder, self.stage, self.key = folder, stage, key
         self._commits = folder / "commits"
         self._checked: set[str] = set()
+        self._behind = Behind()
 
     # -- units -------------------------------------------------------------------------------
 
@@ -67,6 +75,7 @@ class StageFolder:
         Raises:
             DamagedUnit: there is a record, but it can't be read.
         """
+        self._behind.wait(unit)
         try:
             data = self._record_path(unit).read_bytes()
         except FileNotFoundError:
@@ -106,6 +115,22 @@ class StageFolder:
         write_json(self._record_path(unit), Record(listed, dict(facts or {})).to_json())
         self._checked.add(unit)
 
+    def commit_behind(self, unit: str, work: Callable[[], None]) -> None:
+        """Have `work`, which writes and commits the unit, done while the caller goes on.
+
+        One unit is behind at most. Whoever asks about it waits for it, and nothing is dropped,
+        forgotten or declared done before it. Its error is raised by the next such call.
+        """
+        self._behind.add(unit, work)
+
+    def settle(self) -> None:
+        """Return when nothing is behind; raises what that has raised."""
+        self._behind.drain()
+
+    def abandon(self) -> None:
+        """Stop working here: returns when a unit that is behind is committed, or has failed."""
+        self._behind.abandon()
+
     def check(self, unit: str) -> Record:
         """Make sure, once per process, that the unit's files are what was committed.
 
@@ -128,6 +153,7 @@ class StageFolder:
 
     def drop(self, unit: str) -> None:
         """Remove a committed unit's files; its record stays, marked. Safe to repeat."""
+        self.settle()
         record = self.record(unit)
         if record is None:
             return
@@ -139,6 +165,7 @@ class StageFolder:
 
     def forget(self, unit: str) -> None:
         """Make a unit not done again, and with it the stage."""
+        self.settle()
         for name in (COMPLETE, unit):
             self._record_path(name).unlink(missing_ok=True)
             self._checked.discard(name)
@@ -147,6 +174,7 @@ class StageFolder:
 
     def units(self) -> Iterator[str]:
         """Names of all committed units, sorted."""
+        self.settle()
         for path in sorted(self._commits.glob("*.json")):
             if path.stem != COMPLETE and not path.name.startswith("."):
                 yield path.stem
@@ -164,14 +192,42 @@ class StageFolder:
         try:
             if not self.finished:
                 return False
-            self._check_sizes()
+            if not self.freed:
+                self._check_sizes()
         except DamagedUnit:
             return False
         return True
 
     def finish(self, facts: Mapping[str, Any]) -> None:
         """Declare the stage done."""
+        self.settle()
         self.commit(COMPLETE, (), facts)
+
+    @property
+    def finished_ns(self) -> int:
+        """When the stage was declared done, in nanoseconds of the file system's clock."""
+        return self._record_path(COMPLETE).stat().st_mtime_ns
+
+    @property
+    def freed(self) -> bool:
+        """Whether the data of the finished stage were removed to save space (see `free`)."""
+        record = self.record(COMPLETE)
+        return record is not None and bool(record.facts.get(_FREED))
+
+    def free(self) -> None:
+        """Remove the data of a finished stage; it counts as done all the same. Safe to repeat."""
+        record = self.record(COMPLETE)
+        if record is None:
+            raise ValueError(f"{self.folder} is not finished")
+        if not self.freed:
+            facts = {**record.facts, _FREED: True}
+            write_json(self._record_path(COMPLETE), Record(record.files, facts).to_json())
+        for path in self.folder.iterdir():
+            if path.is_dir() and path != self._commits:
+                shutil.rmtree(path)
+            elif path.is_file() and path.name not in ("key.json", "numerics.json"):
+                path.unlink()
+        self._checked.clear()
 
     def totals(self) -> dict[str, float]:
         """Numeric facts summed over all units (rows, seconds)."""

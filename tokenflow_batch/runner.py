@@ -5,82 +5,49 @@ The one place that catches a stage's errors. One bad job never stops the batch.
 
 from __future__ import annotations
 
-import filecmp
 import logging
 import shutil
 import time
-import traceback
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
-import torch
 from filelock import FileLock, Timeout
+from pydantic import ByteSize
 
 from tokenflow_batch.config import STAGES, Batch, Job, StageName
+from tokenflow_batch.disk import keep_within
 from tokenflow_batch.distributed import Team
 from tokenflow_batch.errors import (
     DamagedUnit,
-    DiskFullError,
     LockedError,
     MissingInput,
-    OutOfMemoryError,
-    StoreError,
     TokenflowBatchError,
-    disk_full,
-    revived,
 )
-from tokenflow_batch.files import replacing
 from tokenflow_batch.inputs import Inputs
 from tokenflow_batch.ledger import COMPLETE, StageFolder
 from tokenflow_batch.models import Compute, Model, load, resolve
+from tokenflow_batch.results import (
+    JobResult,
+    Outcome,
+    longest_first,
+    mendable,
+    publish,
+    say_failed,
+    translate,
+)
 from tokenflow_batch.stages import IMPLEMENTATIONS
 from tokenflow_batch.stages.base import Progress, StageContext
-from tokenflow_batch.stages.render import VIDEO, VIDEO_FILE
-from tokenflow_batch.stages.report import METRICS, REPORT, SHEET, SIDE_BY_SIDE
 from tokenflow_batch.stages.sharing import JobOver, NothingToDo, Sharing
 
 log = logging.getLogger("tokenflow_batch")
-
-Outcome = dict[str, Any]
-"""A job's end as plain data (`Runner._outcome`)."""
 
 _PATIENCE = 5.0
 """Seconds that a helping process waits for others before it looks for another job."""
 
 _LOCKED_PAUSE = 2.0
 """Seconds between two looks at a stage that another run is working on."""
-
-_NO_MEMORY = "DefaultCPUAllocator: can't allocate memory"  # torch has no class for it
-
-
-@dataclass
-class JobResult:
-    """What became of one job.
-
-    Attributes:
-        job: which.
-        ran: stages that had work to do.
-        skipped: stages that were done already.
-        outputs: files under the output folder.
-        error: why it failed, or None.
-    """
-
-    job: Job
-    ran: list[StageName] = field(default_factory=list)
-    skipped: list[StageName] = field(default_factory=list)
-    outputs: list[Path] = field(default_factory=list)
-    error: TokenflowBatchError | None = None
-
-    def take(self, told: Outcome) -> None:
-        """Take over what the process that ran the job says of it."""
-        self.ran += [stage for stage in told["ran"] if stage not in self.ran]
-        fresh = [stage for stage in told["skipped"] if stage not in (*self.skipped, *self.ran)]
-        self.skipped += fresh
-        self.outputs += [Path(p) for p in told["outputs"] if Path(p) not in self.outputs]
-        self.error = told["error"] and revived(told["error"], told["message"], told["hint"])
 
 
 class Runner:
@@ -115,6 +82,7 @@ class Runner:
         *,
         force: Sequence[StageName] = (),
         keep_going: bool = True,
+        disk_budget: int | None = None,
     ) -> list[JobResult]:
         """Run the given stages of every job.
 
@@ -122,21 +90,23 @@ class Runner:
             stages: which; earlier ones that are left out must be done already.
             force: of these, begin anew even what is done or half done.
             keep_going: whether other jobs are begun after one has failed.
+            disk_budget: bytes that the work folder may hold; what no job needs any more goes.
 
         Returns:
             What became of the jobs that were begun, in the manifest's order; the same in every
             process of a team.
         """
-        failed = self.team.agree("force", lambda: self._force(force)) if force else {}
+        failed = self.team.agree("force", lambda: self._force(force))
         results = {job.name: JobResult(job) for job in self.batch.jobs}
         for name, outcome in failed.items():
             results[name].take(outcome)
-        todo = [job for job in _longest_first(self.batch.jobs) if job.name not in failed]
+        todo = [job for job in longest_first(self.batch.jobs) if job.name not in failed]
         if failed and not keep_going:
             todo = []
         begun = set(failed)
         while todo:
-            told = self._round(todo, stages, keep_going=keep_going)
+            self._revive(todo, stages)
+            told = self._round(todo, stages, keep_going=keep_going, disk_budget=disk_budget)
             todo = [job for job in todo if job.name in told]
             begun |= set(told)
             for job in todo:
@@ -145,19 +115,28 @@ class Runner:
             self.team.next_epoch()
             if any(told[job.name]["locked"] for job in todo):
                 time.sleep(_LOCKED_PAUSE)
+        if disk_budget is not None and self.team.leads:
+            self._keep_within(disk_budget)
         return [result for name, result in results.items() if name in begun]
 
     def _round(
-        self, jobs: Sequence[Job], stages: Sequence[StageName], *, keep_going: bool
+        self,
+        jobs: Sequence[Job],
+        stages: Sequence[StageName],
+        *,
+        keep_going: bool,
+        disk_budget: int | None,
     ) -> dict[str, Outcome]:
         """Everybody works until every job has an outcome, good or bad, or is not to be begun."""
         for job in jobs:
             if self.team.claim(f"job/{job.name}"):
                 stop = self.team.get("stop") is not None
                 outcome = {} if stop else self._attempt(job, stages)
-                if outcome.get("error") and not keep_going and not _mendable(outcome):
+                if outcome.get("error") and not keep_going and not mendable(outcome):
                     self.team.put("stop", job.name)
                 self.team.put(f"outcome/{job.name}", outcome)
+                if disk_budget is not None:
+                    keep_within(self.inputs, disk_budget)
         while True:
             open_jobs = [job for job in jobs if self.team.get(f"outcome/{job.name}") is None]
             if not open_jobs:
@@ -180,13 +159,13 @@ class Runner:
             context = self.context(job, sharing)
             for stage in stages:
                 self._stage(context, stage, result)
-                self._publish(context, stage, result)
+                publish(context, stage, result)
         except JobOver:
             return cast(Outcome, self.team.get(trouble))
         except Exception as error:  # the batch goes on, whatever it was
             outcome = self._outcome(result, error)
-            if not _mendable(outcome):
-                _say_failed(job, outcome)
+            if not mendable(outcome):
+                say_failed(job, outcome)
             return outcome
         return self._outcome(result, None)
 
@@ -215,12 +194,12 @@ class Runner:
         """The jobs whose failure another round can mend; prepares it."""
         jobs, earlier = [], frozenset(self._mended)
         for job, outcome in ended:
-            if not _mendable(outcome):
+            if not mendable(outcome):
                 continue
             damage = tuple(outcome["damaged"] or ())
             if damage and (damage in earlier or damage[0] not in stages):
                 if self.team.leads:
-                    _say_failed(job, outcome)
+                    say_failed(job, outcome)
                 continue
             jobs.append(job)
             if damage and damage not in self._mended:
@@ -246,7 +225,7 @@ class Runner:
 
     def _outcome(self, result: JobResult, error: Exception | None) -> Outcome:
         """A job's end as plain data, for every process of the team."""
-        told = None if error is None else self._translate(result.job, error)
+        told = None if error is None else translate(result.job, self.inputs.workspace, error)
         damaged = [error.stage, error.key, error.unit] if isinstance(error, DamagedUnit) else None
         return {
             "job": result.job.name,
@@ -266,16 +245,21 @@ class Runner:
             result.skipped.append(stage)
             return
         for needed in implementation.inputs:
-            if not context.folder(needed).complete:
+            source = context.folder(needed)
+            if not source.complete or source.freed:
+                state = "was removed to keep the disk budget" if source.finished else "is not done"
                 raise MissingInput(
-                    f"{stage} needs {needed}, which is not done",
+                    f"{stage} needs {needed}, which {state}",
                     hint=f"run `tokenflow-batch {needed}` first, or `tokenflow-batch run`",
                 )
         with self._locked(context, stage):
             if not folder.complete:  # another run may have finished it meanwhile
                 folder.open(context.keys[stage].described, self.compute.numerics())
-                implementation.run(context, folder)
-                context.sharing.once(folder, COMPLETE, lambda: folder.finish({}))
+                try:
+                    implementation.run(context, folder)
+                    context.sharing.once(folder, COMPLETE, lambda: folder.finish({}))
+                finally:
+                    folder.abandon()  # before the lock goes
         result.ran.append(stage)
 
     @contextmanager
@@ -311,6 +295,16 @@ class Runner:
             raise
         lock.release()
 
+    def _keep_within(self, budget: int) -> None:
+        over = keep_within(self.inputs, budget)
+        if over:
+            log.warning(
+                "disk budget: the work folder %s is still over it by %s; what is left is needed by "
+                "jobs that are not done, or are results",
+                self.inputs.workspace.work,
+                ByteSize(over).human_readable(),
+            )
+
     def _force(self, stages: Sequence[StageName]) -> dict[str, Outcome]:
         """Begin stages of all jobs anew; returns the outcomes of jobs where that failed."""
         forced: set[Path] = set()
@@ -322,7 +316,7 @@ class Runner:
                     self._begin_anew(context, stage, forced)
             except Exception as error:  # the batch goes on
                 failed[job.name] = self._outcome(JobResult(job), error)
-                _say_failed(job, failed[job.name])
+                say_failed(job, failed[job.name])
         return failed
 
     def _begin_anew(self, context: StageContext, stage: StageName, forced: set[Path]) -> None:
@@ -332,12 +326,37 @@ class Runner:
             if folder in forced:
                 continue
             forced.add(folder)
-            with self._locked(context, later):
-                if folder.exists():
-                    aside = folder.with_name(f"{folder.name}.removed")
-                    shutil.rmtree(aside, ignore_errors=True)
-                    folder.rename(aside)  # first, so that a kill leaves no half of it
-                    shutil.rmtree(aside)
+            self._remove(context, later)
+
+    def _revive(self, jobs: Sequence[Job], stages: Sequence[StageName]) -> None:
+        """Begin those stages anew whose data were removed to save space and are needed again."""
+
+        def revive() -> None:
+            for job in jobs:
+                with suppress(TokenflowBatchError):  # which the job will meet again, and tell
+                    self._revive_job(self.context(job), stages)
+
+        self.team.agree("revive", revive)
+        self.team.next_epoch()  # whose locks were free
+
+    def _revive_job(self, context: StageContext, stages: Sequence[StageName]) -> None:
+        wanted: set[StageName] = set()
+        for stage in reversed(STAGES):
+            folder = context.folder(stage)
+            again = stage in wanted and folder.finished and folder.freed
+            if again and stage in stages:
+                self._remove(context, stage)
+            if again or not folder.complete:
+                wanted.update(IMPLEMENTATIONS[stage].inputs)
+
+    def _remove(self, context: StageContext, stage: StageName) -> None:
+        folder = context.folder(stage).folder
+        with self._locked(context, stage):
+            if folder.exists():
+                aside = folder.with_name(f"{folder.name}.removed")
+                shutil.rmtree(aside, ignore_errors=True)
+                folder.rename(aside)  # first, so that a kill leaves no half of it
+                shutil.rmtree(aside)
 
     @property
     def model(self) -> Model:
@@ -370,94 +389,3 @@ class Runner:
             warn=log.warning,
             sharing=sharing or Sharing(Team()),
         )
-
-    def _publish(self, context: StageContext, stage: StageName, result: JobResult) -> None:
-        """Copy a stage's results to the output folder; each file appears whole or not at all.
-
-        Raises:
-            DamagedUnit: a result is not what was committed.
-        """
-        job, workspace = context.job, self.inputs.workspace
-        details = workspace.details(job.clip, job.edit)
-        wanted: Mapping[StageName, tuple[str, Mapping[str, Path]]] = {
-            "render": (VIDEO, {VIDEO_FILE: workspace.video(job.clip, job.edit)}),
-            "report": (REPORT, {n: details / n for n in (METRICS, SHEET, SIDE_BY_SIDE)}),
-        }
-        if stage not in wanted:
-            return
-        unit, files = wanted[stage]
-        folder = context.folder(stage)
-        folder.check(unit)
-        for name, target in files.items():
-            _copy(folder.folder / name, target)
-            if target not in result.outputs:
-                result.outputs.append(target)
-
-    def _translate(self, job: Job, error: Exception) -> TokenflowBatchError:
-        """Any exception as a message; the traceback of what nobody foresaw goes to a file."""
-        if disk_full(error):
-            return DiskFullError(
-                f"no space left on the device while working on {job.name}",
-                hint="free some space and run again: what is committed stays; "
-                f"work files lie in {self.inputs.workspace.work}",
-            )
-        if isinstance(error, TokenflowBatchError):
-            return error
-        if isinstance(error, MemoryError | torch.cuda.OutOfMemoryError) or _NO_MEMORY in str(error):
-            return OutOfMemoryError(
-                f"out of memory: {str(error).splitlines()[0] if str(error) else 'host'}",
-                hint="lower `vae_batch` (encode, render), `unet_batch` (invert, match), "
-                "`window_segments` (edit) or `resolution`",
-            )
-        if isinstance(error, OSError) and error.filename is not None:
-            return StoreError(
-                f"{error.filename}: {error.strerror}",
-                hint="check that the output and work folders are folders that can be written",
-            )
-        path = self.inputs.workspace.work / "logs" / f"{job.clip}.{job.edit}.traceback.txt"
-        text = "".join(traceback.format_exception(error))
-        try:
-            with replacing(path) as temporary:
-                temporary.write_text(text, "utf-8")
-            where = f"the traceback is in {path}"
-        except OSError:
-            where = "the traceback could not be written"
-        return TokenflowBatchError(
-            f"unexpected {type(error).__name__}: {error}", hint=f"a bug, please report it; {where}"
-        )
-
-
-def _longest_first(jobs: Sequence[Job]) -> list[Job]:
-    """Jobs by the size of their videos, so that none is left for last that takes longest.
-
-    Jobs of a clip stay together, in the manifest's order. A missing file is nothing.
-    """
-
-    def size(job: Job) -> int:
-        try:
-            return job.video.stat().st_size
-        except OSError:
-            return 0
-
-    return sorted(jobs, key=size, reverse=True)
-
-
-def _mendable(outcome: Outcome) -> bool:
-    return bool(outcome["locked"] or outcome["damaged"])
-
-
-def _say_failed(job: Job, outcome: Outcome) -> None:
-    error = revived(outcome["error"], outcome["message"], outcome["hint"])
-    log.error("%s (%s): %s", job.name, job.where, error)
-
-
-def _copy(source: Path, target: Path) -> None:
-    if not target.exists() or not filecmp.cmp(source, target, shallow=False):
-        with replacing(target) as temporary:
-            shutil.copyfile(source, temporary)
-
-
-def exit_code(results: Sequence[JobResult]) -> int:
-    """0 if all is well, the failures' own code if they agree, else 1."""
-    codes = {result.error.exit_code for result in results if result.error is not None}
-    return codes.pop() if len(codes) == 1 else int(bool(codes))

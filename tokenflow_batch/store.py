@@ -19,6 +19,7 @@ import zarr
 from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
+from tokenflow_batch.ahead import waited, waiting
 from tokenflow_batch.ledger import StageFolder
 
 LAYOUT = "layout"
@@ -102,6 +103,7 @@ class ArrayStore:
     def __init__(self, stage: StageFolder, specs: Mapping[str, ArraySpec]) -> None:
         self.stage, self.specs = stage, dict(specs)
         self._root = stage.folder / "data.zarr"
+        self._waited = waited()
         stage.check(LAYOUT)
         # A runtime setting of zarr, taken when an array is opened; without it a block of zeros
         # would never become a file.
@@ -131,16 +133,26 @@ class ArrayStore:
     def write(
         self, block: Block, values: Mapping[str, Array], facts: Mapping[str, Any] | None = None
     ) -> None:
-        """Write one unit: its block in each of the given arrays, then the commit record.
+        """Write one unit behind the caller: its block in each given array, then the commit record.
 
         Args:
             block: shard coordinates, the same in every array.
-            values: array name → data of the block's frames, (frames, *tail).
-            facts: for the record.
+            values: array name → data of the block's frames, (frames, *tail); left alone from now
+                on, as they are written while the next unit is computed.
+            facts: for the record, to which `waited` is added: seconds that the caller has waited
+                for the disk since the unit before.
         """
         kinds = {self.specs[name].unit for name in values}
         if len(kinds) != 1:
             raise ValueError(f"arrays of one unit belong together, got {sorted(values)}")
+        unit, idle = unit_name(kinds.pop(), block), waited()
+        told = {**(facts or {}), "waited": round(idle - self._waited, 6)}
+        self._waited = idle
+        self.stage.commit_behind(unit, lambda: self._write(unit, block, values, told))
+
+    def _write(
+        self, unit: str, block: Block, values: Mapping[str, Array], facts: Mapping[str, Any]
+    ) -> None:
         files = []
         for name, data in values.items():
             file = self._file(name, block)
@@ -148,7 +160,7 @@ class ArrayStore:
             where, dtype = self._where(name, block), self.specs[name].dtype
             self._arrays[name][where] = data.astype(dtype, copy=False)
             files.append(file)
-        self.stage.commit(unit_name(kinds.pop(), block), files, facts)
+        self.stage.commit(unit, files, facts)
 
     def read(self, name: str, block: Block, frames: Sequence[int] | range | None = None) -> Array:
         """Read frames of one leading position, checking the units they lie in.
@@ -166,9 +178,10 @@ class ArrayStore:
         """
         spec = self.specs[name]
         wanted = np.arange(spec.frames) if frames is None else np.asarray(frames, dtype=np.int64)
-        for index in sorted({int(f) // spec.block_frames for f in wanted}):
-            self.stage.check(unit_name(spec.unit, (*block, index)))
-        picked = self._arrays[name].oindex[(*block, wanted)]
+        with waiting():
+            for index in sorted({int(f) // spec.block_frames for f in wanted}):
+                self.stage.check(unit_name(spec.unit, (*block, index)))
+            picked = self._arrays[name].oindex[(*block, wanted)]
         return np.asarray(picked).reshape(len(wanted), *spec.tail)
 
     def _where(self, name: str, block: Block) -> tuple[int | slice, ...]:

@@ -24,7 +24,7 @@ from tokenflow_batch.cli.options import (
 from tokenflow_batch.config import STAGES, Batch, StageName
 
 if TYPE_CHECKING:
-    from tokenflow_batch.runner import JobResult
+    from tokenflow_batch.results import JobResult
 
 ForceOption = Annotated[
     list[str] | None, typer.Option(metavar="STAGE", help="Begin this stage anew; repeatable.")
@@ -70,13 +70,32 @@ def _run(
     force: ForceOption = None,
     dry_run: DryRunOption = False,
     keep_going: KeepGoingOption = True,
+    disk_budget: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Remove intermediates of finished clips while the work folder is larger (20GB).",
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Run every job of a manifest through all stages; what is done is skipped."""
     stages = stage_range(from_, until)
     batch = load_batch(manifest, output, workdir, device=device, threads=threads, only=only)
     forced = [stage_name(stage) for stage in force or []]
-    run_or_tell(batch, stages, forced, dry_run=dry_run, keep_going=keep_going, as_json=as_json)
+    with messages():
+        from tokenflow_batch.disk import parse_size
+
+        budget = None if disk_budget is None else parse_size(disk_budget)
+    run_or_tell(
+        batch,
+        stages,
+        forced,
+        dry_run=dry_run,
+        keep_going=keep_going,
+        disk_budget=budget,
+        as_json=as_json,
+    )
 
 
 def _stage_command(stage: StageName, summary: str) -> Callable[..., None]:
@@ -113,6 +132,7 @@ def run_or_tell(
     *,
     dry_run: bool = False,
     keep_going: bool = True,
+    disk_budget: int | None = None,
     as_json: bool = False,
 ) -> None:
     """Run a batch and end with its exit code; or only say what would run.
@@ -128,12 +148,15 @@ def run_or_tell(
     with messages():
         from tokenflow_batch.console import progress_bars
         from tokenflow_batch.distributed import Team
-        from tokenflow_batch.runner import Runner, exit_code
+        from tokenflow_batch.results import exit_code
+        from tokenflow_batch.runner import Runner
 
         team = Team.of_launch()
         with progress_bars(shown=team.leads) as progress:
             runner = Runner(batch, progress, team)
-            results = runner.run(stages, force=force, keep_going=keep_going)
+            results = runner.run(
+                stages, force=force, keep_going=keep_going, disk_budget=disk_budget
+            )
         team.close()
         if not team.leads:
             raise typer.Exit

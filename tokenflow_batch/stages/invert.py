@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tokenflow_batch.ahead import ahead
 from tokenflow_batch.errors import ModelError
 from tokenflow_batch.ledger import StageFolder
 from tokenflow_batch.models import Model, require_finite
@@ -136,7 +137,8 @@ class _Inversion:
         """Compute and commit inversion step `i` of `chunk`."""
         rows, retried = self.denoiser.rows, self.retried_rows
         began = time.perf_counter()
-        done = [self._batch(i, b) for b in batches(chunk.frames, self.settings.unet_batch)]
+        parts = batches(chunk.frames, self.settings.unet_batch)
+        done = [self._batch(i, *read) for read in ahead((self._read(i, b) for b in parts), 1)]
         require_finite(torch.cat([d.x for d in done]), f"inversion step {i}, {chunk.frames}")
         values = {
             "latents": torch.cat([d.x for d in done]).cpu().numpy(),
@@ -156,9 +158,16 @@ class _Inversion:
             facts["unconverged"] = int((values["residual"] > TOLERANCE).sum())
         self.store.write((i, chunk.index), values, facts)
 
-    def _batch(self, i: int, frames: Sequence[int]) -> Inverted:
-        t, alpha_t, alpha = self.timesteps[i], self.alphas[i], self._alpha(i - 1)
+    def _read(self, i: int, frames: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+        """Latents before step `i`, and those before them where they serve for a warm start."""
         x = self._latents(i - 1, frames)
+        plain = self.settings.inversion_iterations == 0
+        if plain or i == 0 or self._alpha(i - 2) == self._alpha(i - 1):
+            return x, None
+        return x, self._latents(i - 2, frames)
+
+    def _batch(self, i: int, x: Tensor, earlier: Tensor | None) -> Inverted:
+        t, alpha_t, alpha = self.timesteps[i], self.alphas[i], self._alpha(i - 1)
 
         def noise(x_NChw: Tensor, at: int) -> Tensor:
             raw = self.settings.mode == "official"
@@ -167,9 +176,9 @@ class _Inversion:
         if self.settings.inversion_iterations == 0:
             return invert_plain(noise, x, t, alpha, alpha_t)
         warm = None
-        if i > 0 and self._alpha(i - 2) != alpha:
+        if earlier is not None:
             # The noise that the previous step went along: state that needs no storing.
-            warm = implied_noise(self._latents(i - 2, frames), x, self._alpha(i - 2), alpha)
+            warm = implied_noise(earlier, x, self._alpha(i - 2), alpha)
         found = invert_fixed_point(
             noise,
             x,

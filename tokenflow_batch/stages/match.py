@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from tokenflow_batch.ahead import ahead
 from tokenflow_batch.ledger import StageFolder
 from tokenflow_batch.stages.base import Stage, StageContext
 from tokenflow_batch.stages.clip import Clip, InvertedLatents, read_clip
@@ -144,7 +145,7 @@ class _Matching:
         near = {f: _relative(n, used) for f, n in near.items()}
         keyframes = [drawn[k] for k in used]
         filling = _Filling(chunk, near, self.groups, self.matching, keep_conv=keep_conv)
-        parts = [self._source(step, b) for b in batches(keyframes, self.settings.unet_batch)]
+        parts = [seen for _, seen in self._source(step, keyframes)]
         filling.keyframe_tokens = [
             torch.cat(t) for t in zip(*(p.tokens for p in parts), strict=True)
         ]
@@ -154,16 +155,20 @@ class _Matching:
             [keyframes[n] for n in inside], [t[inside] for t in filling.keyframe_tokens], conv
         )
         others = [f for f in chunk.frames if f not in set(keyframes)]
-        for batch in batches(others, self.settings.unet_batch):
-            seen = self._source(step, batch)
+        for batch, seen in self._source(step, others):
             filling.add(batch, seen.tokens, _conv(seen))
         return filling.values
 
-    def _source(self, step: int, frames: Sequence[int]) -> SourcePass:
+    def _source(
+        self, step: int, frames: Sequence[int]
+    ) -> Iterator[tuple[Sequence[int], SourcePass]]:
+        """Passes over frames, a batch at a time."""
         t, alpha = self.sampling.timesteps[step], self.sampling.alphas[step]
-        with self.hooks.during(SourcePass()) as seen:
-            self.denoiser.noise(self.source.read(step, frames), t, alpha, self.embed)
-        return seen
+        parts = batches(frames, self.settings.unet_batch)
+        for batch, x in ahead(((b, self.source.read(step, b)) for b in parts), 1):
+            with self.hooks.during(SourcePass()) as seen:
+                self.denoiser.noise(x, t, alpha, self.embed)
+            yield batch, seen
 
 
 class _Filling:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from tokenflow_batch.ahead import ahead
 from tokenflow_batch.files import replacing
 from tokenflow_batch.ledger import StageFolder
 from tokenflow_batch.models import Model
@@ -93,9 +94,10 @@ def _decoded(
     context: StageContext, model: Model, chunk: Chunk, advance: Advance
 ) -> Iterator[Frame]:
     """A chunk's edited frames at working size."""
-    for frames in batches(chunk.frames, context.settings.vae_batch):
-        yield from model.decode(read_edited(context, frames))
-        advance(len(frames))
+    parts = batches(chunk.frames, context.settings.vae_batch)
+    for latents in ahead((read_edited(context, frames) for frames in parts), 1):
+        yield from model.decode(latents)
+        advance(len(latents))
 
 
 class _Undo:

@@ -160,6 +160,7 @@ def _metrics(context: StageContext, clip: Clip, consistency: Consistency) -> dic
         "unet_rows": {**rows, "retried": retried, "total": sum(rows.values()) + retried},
         "unet_rows_per_frame": {stage: n / clip.frames for stage, n in rows.items()},
         "unet_seconds": {k: round(t["seconds"], 3) for k, t in totals.items() if "seconds" in t},
+        "waited_seconds": {k: round(t["waited"], 3) for k, t in totals.items() if "waited" in t},
         "numerics": json.loads(
             (context.folder("edit").folder / "numerics.json").read_text("utf-8")
         ),

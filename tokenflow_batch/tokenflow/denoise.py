@@ -9,13 +9,14 @@ h w latent size, T prompt tokens, E embedding width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from tokenflow_batch.ahead import ahead
 from tokenflow_batch.tokenflow.attention import Hooks
 from tokenflow_batch.tokenflow.correspondence import Backend
 from tokenflow_batch.tokenflow.ddim import noise_from_prediction
@@ -142,13 +143,18 @@ def predict_window(
     together = [*window.anchors, *window.keyframes]
     joint = _keyframe_pass(settings, hooks, inputs, window, step)
     call = _Call(denoiser, hooks, inputs, prompts, t, alpha)
-    on_rows(call.run(joint, together, joint.branches)[1])
+    on_rows(call.run(joint, call.read(together, joint.branches), len(together))[1])
     predictions = []
-    for start in range(0, len(window.frames), settings.batch):
-        part = slice(start, start + settings.batch)
-        batch = window.frames[part]
-        spread = _propagation_pass(settings, joint, inputs, batch, window.neighbours[part], step)
-        noise_RNChw, rows = call.run(spread, batch, spread.branches)
+
+    def passes() -> Iterator[tuple[PropagationPass, _Latents, int]]:
+        for start in range(0, len(window.frames), settings.batch):
+            part = slice(start, start + settings.batch)
+            batch, near = window.frames[part], window.neighbours[part]
+            spread = _propagation_pass(settings, joint, inputs, batch, near, step)
+            yield spread, call.read(batch, spread.branches), len(batch)
+
+    for spread, latents, frames in ahead(passes(), 1):
+        noise_RNChw, rows = call.run(spread, latents, frames)
         negative, target = noise_RNChw[-2], noise_RNChw[-1]
         guided = negative + settings.guidance_scale * (target - negative)
         predictions.append(guided.cpu())
@@ -194,6 +200,10 @@ def _propagation_pass(
     )
 
 
+_Latents = list[Tensor]
+"""One tensor a branch."""
+
+
 @dataclass(frozen=True)
 class _Call:
     """What stays the same over a window's UNet calls."""
@@ -205,17 +215,18 @@ class _Call:
     t: int
     alpha: float
 
+    def read(self, frames: Sequence[int], branches: int) -> _Latents:
+        """What the branches start from, (N, C, h, w) each."""
+        x = self.inputs.latents(frames)
+        return [self.inputs.source(frames).to(x), x, x] if branches == 3 else [x, x]
+
     def run(
-        self, active: KeyframePass | PropagationPass, frames: Sequence[int], branches: int
+        self, active: KeyframePass | PropagationPass, latents: _Latents, frames: int
     ) -> tuple[Tensor, int]:
         """(R, N, C, h, w) noise and the rows it took, branches in the order of `passes`."""
-        x = self.inputs.latents(frames)
-        embeds = [self.prompts.negative, self.prompts.target]
-        rows = [x, x]
-        if branches == 3:
-            rows.insert(0, self.inputs.source(frames).to(x))
-            embeds.insert(0, self.prompts.source)
-        embeds_NTE = torch.cat([e.expand(len(frames), -1, -1) for e in embeds])
+        prompts = self.prompts
+        embeds = [prompts.source, prompts.negative, prompts.target][-len(latents) :]
+        embeds_NTE = torch.cat([e.expand(frames, -1, -1) for e in embeds])
         with self.hooks.during(active):
-            noise = self.denoiser.noise(torch.cat(rows), self.t, self.alpha, embeds_NTE)
-        return noise.unflatten(0, (branches, len(frames))), len(noise)
+            noise = self.denoiser.noise(torch.cat(latents), self.t, self.alpha, embeds_NTE)
+        return noise.unflatten(0, (len(latents), frames)), len(noise)

@@ -37,6 +37,7 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
+from tokenflow_batch.ahead import ahead
 from tokenflow_batch.errors import VideoError
 from tokenflow_batch.video.colour import ToRgb
 from tokenflow_batch.video.facts import AudioFacts, ColourTags, VideoFacts
@@ -46,6 +47,8 @@ StreamT = TypeVar("StreamT", bound=Stream)
 _NO_MOVING_PICTURE = Disposition.attached_pic | Disposition.timed_thumbnails
 _FOREVER = Fraction(2**63)
 _DEFAULT_RATE = Fraction(25)
+_AHEAD = 4
+"""Decoded frames kept ready."""
 
 
 def probe(path: Path, progress: Callable[[int], None] | None = None) -> VideoFacts:
@@ -121,7 +124,7 @@ def _facts(
 def read_frames(
     path: Path, facts: VideoFacts, start: int = 0, stop: int | None = None
 ) -> Iterator[NDArray[np.uint8]]:
-    """Read frames in the order shown, one at a time.
+    """Read frames in the order shown, one at a time, decoding a few ahead in a thread.
 
     The frames before `start` are decoded too, but not converted.
 
@@ -141,7 +144,7 @@ def read_frames(
     stop = facts.frames if stop is None else stop
     if not 0 <= start <= stop <= facts.frames:
         raise ValueError(f"frames {start} to {stop} of a video of {facts.frames}")
-    return _frames(path, facts, start, stop) if start < stop else iter(())
+    return ahead(_frames(path, facts, start, stop), _AHEAD) if start < stop else iter(())
 
 
 def _frames(path: Path, facts: VideoFacts, start: int, stop: int) -> Iterator[NDArray[np.uint8]]:

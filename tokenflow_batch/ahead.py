@@ -1,0 +1,153 @@
+"""Reads ahead and writes behind, in threads, so that the model doesn't wait for the disk.
+
+Both are bounded: memory is that of a few items more. `waited` is the clock of what is left: the
+seconds that a thread has stood still for reading or writing.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from queue import Empty, Queue
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+class _Clock(threading.local):
+    seconds = 0.0
+    depth = 0
+
+
+_clock = _Clock()
+
+
+def waited() -> float:
+    """Seconds that the calling thread has waited so far; differences count, as of any clock."""
+    return _clock.seconds
+
+
+@contextmanager
+def waiting() -> Iterator[None]:
+    """What happens inside counts as waiting, once if nested."""
+    began = time.perf_counter()
+    _clock.depth += 1
+    try:
+        yield
+    finally:
+        _clock.depth -= 1
+        if _clock.depth == 0:
+            _clock.seconds += time.perf_counter() - began
+
+
+def ahead(items: Iterable[T], depth: int) -> Iterator[T]:
+    """Go through `items` in a thread of their own, up to `depth` items ahead of the caller.
+
+    The thread starts at the first item asked for and ends with the last, with an error, or when
+    the iterator is closed or forgotten; then nothing more is taken from `items`, and a generator
+    among them is closed in its thread.
+
+    Args:
+        items: what to iterate over; used by that thread alone.
+        depth: how many items are kept ready, at least 1.
+
+    Raises:
+        BaseException: whatever `items` raised, after the items before it.
+    """
+    if depth < 1:
+        raise ValueError(f"depth must be at least 1, got {depth}")
+    return _ahead(items, depth)
+
+
+def _ahead(items: Iterable[T], depth: int) -> Iterator[T]:
+    ready: Queue[tuple[T] | BaseException | None] = Queue(depth)
+    stop = threading.Event()
+    # A daemon: a process that dies of something else must not wait for a reader.
+    thread = threading.Thread(target=_fill, args=(items, ready, stop), name="ahead", daemon=True)
+    thread.start()
+    try:
+        while True:
+            with waiting():
+                found = ready.get()
+            if found is None:
+                return
+            if isinstance(found, BaseException):
+                raise found
+            yield found[0]
+    finally:
+        stop.set()
+        _empty(ready)  # it may stand before a full queue
+        thread.join()
+
+
+def _fill(
+    items: Iterable[T], ready: Queue[tuple[T] | BaseException | None], stop: threading.Event
+) -> None:
+    last: BaseException | None = None
+    try:
+        for item in items:
+            if not stop.is_set():
+                ready.put((item,))
+            if stop.is_set():
+                break
+        if isinstance(items, Generator):
+            items.close()
+    except BaseException as error:  # whatever it is, the caller gets it
+        last = error
+    if not stop.is_set():
+        ready.put(last)
+
+
+def _empty(queue: Queue[T]) -> None:
+    try:
+        while True:
+            queue.get_nowait()
+    except Empty:
+        return
+
+
+class Behind:
+    """Work done behind the caller's back: one piece at a time, so in order.
+
+    A piece's error is raised by whichever call comes next.
+    """
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="behind")
+        self._piece: tuple[str, Future[None]] | None = None
+
+    def add(self, name: str, work: Callable[[], None]) -> None:
+        """Have `work` done; waits until the piece before it is."""
+        self.drain()
+        self._piece = (name, self._pool.submit(work))
+
+    def wait(self, name: str) -> None:
+        """Return when the piece of that name is done; at once where it isn't in work.
+
+        Any thread may ask.
+        """
+        piece = self._piece
+        if piece is not None and piece[0] == name:
+            with waiting():
+                piece[1].result()
+
+    def drain(self) -> None:
+        """Return when nothing is in work any more."""
+        if self._piece is None:
+            return
+        try:
+            with waiting():
+                self._piece[1].result()
+        except Exception:
+            self._piece = None
+            raise
+        self._piece = None
+
+    def abandon(self) -> None:
+        """Return when nothing is in work any more, whatever became of it."""
+        if self._piece is not None:
+            wait([self._piece[1]])
+            self._piece = None

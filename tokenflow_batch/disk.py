@@ -1,0 +1,121 @@
+"""`--disk-budget`: what the work folder may hold, and what goes first when it holds more.
+
+What goes are the data of stages whose every user among the manifest's jobs has been rendered and
+reported. Their commit records stay, so they count as done; an edit that is added later computes
+what it needs of them again.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from pydantic import ByteSize, TypeAdapter, ValidationError
+
+from tokenflow_batch.config import StageName
+from tokenflow_batch.errors import ManifestError, VideoError
+from tokenflow_batch.inputs import Inputs
+from tokenflow_batch.ledger import StageFolder
+
+log = logging.getLogger("tokenflow_batch")
+
+_FREEABLE: tuple[StageName, ...] = ("edit", "match", "invert", "encode")
+"""What nothing else is made of goes first. Rendered videos and reports are small, and results."""
+
+
+def parse_size(text: str) -> int:
+    """Bytes from `500M`, `20GB`, `1.5TiB` (K, M, G, T are powers of 1000, KiB and so on of 1024).
+
+    Raises:
+        ManifestError: it is none of these, or not above 0.
+    """
+    try:
+        size = int(TypeAdapter(ByteSize).validate_python(text))
+    except ValidationError:
+        size = 0
+    if size <= 0:
+        raise ManifestError(
+            f"{text!r} is no size", hint="give a number and a unit, such as 500MB, 20GB or 1.5TiB"
+        )
+    return size
+
+
+@dataclass
+class _Data:
+    """A stage folder, and until when the jobs have needed it."""
+
+    stage: StageName
+    folder: StageFolder
+    needed: bool = False
+    last_used_ns: int = 0
+    jobs: list[str] = field(default_factory=list)
+
+
+def keep_within(inputs: Inputs, budget: int) -> int:
+    """Free what no job needs, what was used last longest ago first, until the rest fits.
+
+    Args:
+        inputs: of the whole manifest.
+        budget: bytes that the work folder may hold.
+
+    Returns:
+        By how many bytes it still holds more, at least 0.
+    """
+    over = _size(inputs.workspace.work) - budget
+    if over <= 0:
+        return 0
+    found = [d for d in _data(inputs) if not d.needed and d.folder.finished]
+    found.sort(key=lambda d: (d.last_used_ns, _FREEABLE.index(d.stage)))
+    for data in found:
+        over -= _free(inputs, data)
+        if over <= 0:
+            return 0
+    return over
+
+
+def _free(inputs: Inputs, data: _Data) -> int:
+    lock = FileLock(inputs.workspace.lock(data.stage, data.folder.key), timeout=0)
+    try:
+        with lock:
+            before = _size(data.folder.folder)
+            data.folder.free()
+            gone = before - _size(data.folder.folder)
+    except Timeout:
+        return 0  # another manifest is at work on it
+    if gone > 0:
+        who = ", ".join(data.jobs)
+        log.warning(
+            "disk budget: removed %s of %s, %s", data.stage, who, ByteSize(gone).human_readable()
+        )
+    return gone
+
+
+def _data(inputs: Inputs) -> Iterator[_Data]:
+    """All that the manifest's jobs have in their freeable stages, each folder once."""
+    found: dict[tuple[StageName, str], _Data] = {}
+    for job in inputs.batch.jobs:
+        try:
+            keys = inputs.keys(job)
+        except VideoError:
+            continue  # it fails without needing anything
+        ends = [_folder(inputs, stage, keys[stage].key) for stage in ("render", "report")]
+        done = all(end.complete for end in ends)
+        for stage in _FREEABLE:
+            key = keys[stage].key
+            data = found.setdefault((stage, key), _Data(stage, _folder(inputs, stage, key)))
+            data.needed |= not done
+            data.jobs.append(job.name)
+            if done:
+                data.last_used_ns = max(data.last_used_ns, ends[-1].finished_ns)
+    yield from found.values()
+
+
+def _folder(inputs: Inputs, stage: StageName, key: str) -> StageFolder:
+    return StageFolder(inputs.workspace.stage(stage, key), stage, key)
+
+
+def _size(folder: Path) -> int:
+    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
