@@ -30,6 +30,8 @@ STAGE_INPUTS: Mapping[StageName, tuple[StageName, ...]] = {
     "report": ("encode", "invert", "edit", "render"),
 }
 """The stages whose results each stage reads."""
+NAMING = "{clip}/{edit}.mp4"
+"""Where videos go under the output folder unless a manifest says otherwise."""
 
 
 def _ascending(cuts: tuple[int, ...]) -> tuple[int, ...]:
@@ -176,6 +178,7 @@ class Batch:
     output: Path
     workdir: Path
     runtime: Runtime
+    naming: str = NAMING
 
     def only(self, patterns: Sequence[str]) -> Batch:
         """The jobs that at least one pattern names, in the manifest's order.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import filecmp
 import logging
 import shutil
+import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,6 +31,7 @@ from tokenflow_batch.errors import (
 )
 from tokenflow_batch.files import replacing
 from tokenflow_batch.inputs import Inputs
+from tokenflow_batch.joblog import JobLog
 from tokenflow_batch.models import Compute, Model, load, resolve
 from tokenflow_batch.stages import IMPLEMENTATIONS
 from tokenflow_batch.stages.base import Progress, StageContext
@@ -98,10 +100,12 @@ class Runner:
             results.append(result)
             try:
                 self._job(result, stages, force, forced)
+                self._log(job).succeeded()
             except Exception as error:  # the batch goes on, whatever it was
                 result.error = self._translate(job, error)
             if result.error is not None:
                 log.error("%s (%s): %s", job.name, job.where, result.error)
+                self._log(job).failed(result.error)
                 if not keep_going:
                     break
         return results
@@ -131,7 +135,7 @@ class Runner:
                 folder.forget(damage.unit)
                 more = folder.forget_flawed()
                 what = f"it and {more} more units are" if more else "it is"
-                log.warning("%s: %s; %s computed again", job.name, damage.message, what)
+                self._log(job).warn(f"{job.name}: {damage.message}; {what} computed again")
 
     def _stage(self, context: StageContext, stage: StageName, result: JobResult) -> None:
         implementation, folder = IMPLEMENTATIONS[stage], context.folder(stage)
@@ -146,9 +150,14 @@ class Runner:
                     hint=f"run `tokenflow-batch {needed}` first, or `tokenflow-batch run`",
                 )
         with self._locked(context, stage):
+            told, began = self._log(context.job), time.perf_counter()
+            told.event("stage started", stage=stage, key=folder.key)
             folder.open(context.keys[stage].described, self.compute.numerics())
             implementation.run(context, folder)
             folder.finish({})
+            seconds = round(time.perf_counter() - began, 3)
+            rows = folder.totals().get("rows", 0)
+            told.event("stage finished", stage=stage, seconds=seconds, rows=rows)
         if stage not in result.ran:
             result.ran.append(stage)
 
@@ -208,8 +217,11 @@ class Runner:
             compute=self.compute,
             model=lambda: self.model,
             progress=lambda what, total: self.progress(f"{job.name} {what}", total),
-            warn=log.warning,
+            warn=self._log(job).warn,
         )
+
+    def _log(self, job: Job) -> JobLog:
+        return JobLog.of(self.inputs.workspace, job)
 
     def _publish(self, context: StageContext, stage: StageName, result: JobResult) -> None:
         """Copy a stage's results to the output folder; each file appears whole or not at all.
@@ -254,7 +266,7 @@ class Runner:
                 f"{error.filename}: {error.strerror}",
                 hint="check that the output and work folders are folders that can be written",
             )
-        path = self.inputs.workspace.work / "logs" / f"{job.clip}.{job.edit}.traceback.txt"
+        path = self._log(job).traceback
         text = "".join(traceback.format_exception(error))
         try:
             with replacing(path) as temporary:

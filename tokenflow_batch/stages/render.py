@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -52,7 +53,7 @@ def _render(context: StageContext, folder: StageFolder, clip: Clip, units: Seque
     output = folder.folder / VIDEO_FILE
     for warning in join(segments, clip.facts, source, output):
         context.warn(f"{context.job.video}: {warning}")
-    folder.commit(VIDEO, [output], {"frames": clip.frames})
+    folder.commit(VIDEO, [output])
 
 
 def _segment_path(folder: StageFolder, chunk: Chunk) -> Path:
@@ -68,7 +69,7 @@ def _render_segments(
         done = missing[0].start
         for chunk in missing:
             undo.skip(chunk.start - done)
-            path = _segment_path(folder, chunk)
+            path, began = _segment_path(folder, chunk), time.perf_counter()
             with replacing(path) as partial:
                 write_segment(
                     partial,
@@ -79,7 +80,8 @@ def _render_segments(
                     encoding=Encoding(crf=context.settings.crf),
                     sample_aspect_ratio=undo.sample_aspect_ratio,
                 )
-            folder.commit(unit_name("segment", (chunk.index,)), [path])
+            facts = {"frames": len(chunk), "seconds": time.perf_counter() - began}
+            folder.commit(unit_name("segment", (chunk.index,)), [path], facts)
             done = chunk.stop
 
 
