@@ -6,10 +6,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tokenflow_batch.arrays import index_dtype
 from tokenflow_batch.tokenflow import correspondence
 from tokenflow_batch.tokenflow.correspondence import (
     choose_backend,
-    index_dtype,
     match_frames,
     nearest,
     normalise,

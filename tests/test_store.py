@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import zarr
 
+from tokenflow_batch.arrays import ArraySpec
 from tokenflow_batch.errors import DamagedUnit, NumericsMismatch, StoreError
 from tokenflow_batch.files import DigestMemory, digest, replacing, write_json
 from tokenflow_batch.ledger import StageFolder
-from tokenflow_batch.store import LAYOUT, ArraySpec, ArrayStore, unit_name
+from tokenflow_batch.store import LAYOUT, ArrayStore, unit_name
 
 NUMERICS = {"device": "cpu", "threads": 2}
 SPECS = {

@@ -30,6 +30,8 @@ STAGE_INPUTS: Mapping[StageName, tuple[StageName, ...]] = {
     "report": ("encode", "invert", "edit", "render"),
 }
 """The stages whose results each stage reads."""
+NAMING = "{clip}/{edit}.mp4"
+"""Where videos go under the output folder unless a manifest says otherwise."""
 
 
 def _ascending(cuts: tuple[int, ...]) -> tuple[int, ...]:
@@ -170,12 +172,23 @@ class Job:
 
 @dataclass(frozen=True)
 class Batch:
-    """A manifest, resolved: jobs in its order, and where they write."""
+    """A manifest, resolved: jobs in its order, and where they write.
+
+    Attributes:
+        jobs: to work on.
+        output: the folder of results.
+        workdir: the folder of everything else.
+        runtime: how to compute.
+        naming: template of the videos' paths under the output folder.
+        others: jobs of the manifest that are left out this time (`only`), whose results are kept.
+    """
 
     jobs: tuple[Job, ...]
     output: Path
     workdir: Path
     runtime: Runtime
+    naming: str = NAMING
+    others: tuple[Job, ...] = ()
 
     def only(self, patterns: Sequence[str]) -> Batch:
         """The jobs that at least one pattern names, in the manifest's order.
@@ -196,4 +209,9 @@ class Batch:
                 hint = f"; the nearest is {close[0]!r}" if close else ""
                 raise ValueError(f"no job is called {pattern!r}{hint}")
             chosen |= found
-        return replace(self, jobs=tuple(j for j in self.jobs if j.name in chosen))
+        left_out = tuple(j for j in self.jobs if j.name not in chosen)
+        return replace(
+            self,
+            jobs=tuple(j for j in self.jobs if j.name in chosen),
+            others=(*self.others, *left_out),
+        )

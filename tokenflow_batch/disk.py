@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -76,6 +77,18 @@ def keep_within(inputs: Inputs, budget: int) -> int:
     return over
 
 
+def warn_if_over(inputs: Inputs, budget: int) -> None:
+    """Free what may go, and say by how much the rest is still over the budget."""
+    over = keep_within(inputs, budget)
+    if over:
+        log.warning(
+            "disk budget: the work folder %s is still over it by %s; what is left is needed by "
+            "jobs that are not done, or are results",
+            inputs.workspace.work,
+            ByteSize(over).human_readable(),
+        )
+
+
 def _free(inputs: Inputs, data: _Data) -> int:
     lock = FileLock(inputs.workspace.lock(data.stage, data.folder.key), timeout=0)
     try:
@@ -96,7 +109,7 @@ def _free(inputs: Inputs, data: _Data) -> int:
 def _data(inputs: Inputs) -> Iterator[_Data]:
     """All that the manifest's jobs have in their freeable stages, each folder once."""
     found: dict[tuple[StageName, str], _Data] = {}
-    for job in inputs.batch.jobs:
+    for job in (*inputs.batch.jobs, *inputs.batch.others):
         try:
             keys = inputs.keys(job)
         except VideoError:
@@ -118,4 +131,8 @@ def _folder(inputs: Inputs, stage: StageName, key: str) -> StageFolder:
 
 
 def _size(folder: Path) -> int:
-    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+    total = 0
+    for path in folder.rglob("*"):
+        with suppress(FileNotFoundError):  # other processes write and remove at the same time
+            total += path.stat().st_size if path.is_file() else 0
+    return total

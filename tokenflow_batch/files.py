@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +62,8 @@ def write_json(path: Path, value: Any) -> None:
         temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", "utf-8")
 
 
-class DigestMemory:
-    """Digests of large input files, remembered by (path, size, mtime) across runs.
+class FileMemory:
+    """What was found out about large input files, remembered by (path, size, mtime) across runs.
 
     Any number of processes may add to it at the same time.
     """
@@ -71,6 +71,7 @@ class DigestMemory:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._known: dict[str, dict[str, Any]] | None = None
+        self._new: dict[str, dict[str, Any]] = {}
 
     def _load(self) -> dict[str, dict[str, Any]]:
         if self._known is None:
@@ -81,15 +82,42 @@ class DigestMemory:
             self._known = known if isinstance(known, dict) else {}
         return self._known
 
-    def peek(self, file: Path) -> str | None:
-        """The digest if the file is remembered and unchanged, without reading it."""
+    def recall(self, file: Path) -> dict[str, Any] | None:
+        """What is remembered of the file, if it is unchanged, without reading it."""
         try:
-            entry = self._load()[str(file.resolve())]
-            return str(entry["sha256"]) if entry["stat"] == _stat(file) else None
+            entry = self._load()[os.path.realpath(file)]
+            return entry if entry["stat"] == _stat(file) else None
         except (OSError, KeyError, TypeError):
             return None
 
-    def digest(self, file: Path) -> str:
+    def keep(self, file: Path, stat: list[int], found: Mapping[str, Any]) -> None:
+        """Remember something about a file as it was at `stat`; `save` makes it last."""
+        name, entry = os.path.realpath(file), {"stat": stat, **found}
+        self._load()[name] = self._new[name] = entry
+
+    def save(self) -> None:
+        """Add what is new to the file."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(self._path.with_suffix(".lock")):
+            self._known = None  # others may have added theirs since
+            self._load().update(self._new)
+            write_json(self._path, self._known)
+        self._new = {}
+
+
+class DigestMemory(FileMemory):
+    """Digests of large input files."""
+
+    def peek(self, file: Path) -> str | None:
+        """The digest if the file is remembered and unchanged, without reading it."""
+        entry = self.recall(file)
+        return None if entry is None or "sha256" not in entry else str(entry["sha256"])
+
+    def sizes(self) -> set[int]:
+        """Sizes of all files that are remembered."""
+        return {entry["stat"][0] for entry in self._load().values()}
+
+    def digest(self, file: Path, *, save: bool = True) -> str:
         """The digest, from memory or by reading the file.
 
         Raises:
@@ -105,11 +133,9 @@ class DigestMemory:
             raise VideoError(f"{file}: no such file") from None
         except OSError as error:
             raise VideoError(f"{file}: can't be read: {error.strerror}") from None
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(self._path.with_suffix(".lock")):
-            self._known = None  # others may have added theirs since
-            self._load()[str(file.resolve())] = {"stat": before, "sha256": value}
-            write_json(self._path, self._known)
+        self.keep(file, before, {"sha256": value})
+        if save:
+            self.save()
         return value
 
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import difflib
 import glob
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Iterable, Sequence
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, TypeVar
 
-import yaml
 from pydantic import AfterValidator, Field, StringConstraints, TypeAdapter, ValidationError
 
-from tokenflow_batch.config import PRESETS, Batch, Frozen, Job, Runtime, Settings
+from tokenflow_batch.config import NAMING, PRESETS, Batch, Frozen, Job, Runtime, Settings
 from tokenflow_batch.errors import ManifestError
+from tokenflow_batch.manifest_rows import Level, expand, read_table
+from tokenflow_batch.manifest_text import Problems, Text, Where
 
 VIDEO_SUFFIXES = frozenset(
     {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".m2ts", ".mts"}
@@ -42,8 +42,6 @@ def _edit_name(name: str) -> str:
 
 
 EditName = Annotated[Name, AfterValidator(_edit_name)]
-Level = dict[str, Any]
-Where = tuple[str | int, ...]
 M = TypeVar("M", bound=Frozen)
 _NAME: TypeAdapter[str] = TypeAdapter(Name)
 
@@ -72,24 +70,35 @@ class ManifestFile(Frozen):
         None, description="for a single file: folder or hub id with its component configs"
     )
     output: str = Field("outputs/", min_length=1, description="relative to the manifest")
+    naming: str = Field(NAMING, description="where a video goes under `output`")
     runtime: Runtime = Runtime()
     defaults: Level = Field(default_factory=dict)
     clips: list[Level] = Field(min_length=1)
 
 
-def load(path: Path, *, output: Path | None = None, workdir: Path | None = None) -> Batch:
+def load(
+    path: Path,
+    *,
+    output: Path | None = None,
+    workdir: Path | None = None,
+    model: str | None = None,
+) -> Batch:
     """Read and resolve a manifest.
 
     Args:
-        path: the YAML or JSON file.
+        path: the YAML or JSON file, or a CSV table.
         output: overrides the manifest's `output`.
         workdir: overrides the default work folder, `OUTPUT/.work`.
+        model: of a CSV table, which names none.
 
     Raises:
         ManifestError: listing everything that is wrong, with file and line.
     """
-    text = _Text.read(path)
-    problems = _Problems(text)
+    table = path.suffix.lower() == ".csv"
+    if model is not None and not table:
+        raise ManifestError("--model is for CSV tables", hint=f"write `model:` into {path}")
+    text = read_table(path, model) if table else Text.read(path)
+    problems = Problems(text)
     top = _validate(ManifestFile, text.raw, (), problems)
     problems.stop()
     assert top is not None  # noqa: S101 - stop() has raised otherwise
@@ -98,12 +107,13 @@ def load(path: Path, *, output: Path | None = None, workdir: Path | None = None)
     for index in range(len(top.clips)):
         jobs += _clip_jobs(path, top, index, problems)
     _refuse_equal_names(jobs, problems)
+    _check_naming(top.naming, jobs, problems)
     problems.stop()
     out = output or path.parent / Path(top.output).expanduser()
-    return Batch(tuple(jobs), out, workdir or out / ".work", top.runtime)
+    return Batch(tuple(jobs), out, workdir or out / ".work", top.runtime, top.naming)
 
 
-def _clip_jobs(path: Path, top: ManifestFile, index: int, problems: _Problems) -> list[Job]:
+def _clip_jobs(path: Path, top: ManifestFile, index: int, problems: Problems) -> list[Job]:
     where: Where = ("clips", index)
     entry, shared = _split(top.clips[index], ClipEntry, where, problems)
     if entry is None:
@@ -112,14 +122,16 @@ def _clip_jobs(path: Path, top: ManifestFile, index: int, problems: _Problems) -
     found = _videos(path.parent, entry, output, where, problems)
     videos = [(v, _clip_name(entry, v, where, problems)) for v in found]
     edits: list[tuple[EditEntry, Settings, int]] = []
-    for number, raw in enumerate(entry.edits):
+    for number, compact in enumerate(entry.edits):
         at = (*where, "edits", number)
-        edit, own = _split(raw, EditEntry, at, problems)
-        if edit is not None:
-            levels = [(("defaults",), top.defaults), (where, shared), (at, own)]
-            settings = _settings(levels, edit.prompt, problems)
-            if settings is not None:
-                edits.append((edit, settings, problems.text.line(at)))
+        for raw in expand(compact, at, problems):
+            edit, own = _split(raw, EditEntry, at, problems)
+            if edit is not None:
+                levels = [(("defaults",), top.defaults), (where, shared), (at, own)]
+                settings = _settings(levels, edit.prompt, problems)
+                if settings is not None:
+                    edits.append((edit, settings, problems.text.line(at)))
+    beside = {video: _sidecar(video, where, problems) for video in found}
     conv_steps = _conv_steps([settings for _, settings, _ in edits])
     return [
         Job(
@@ -128,7 +140,7 @@ def _clip_jobs(path: Path, top: ManifestFile, index: int, problems: _Problems) -
             video=video,
             model=_model_reference(path.parent, top.model),
             base_config=top.base_config and _model_reference(path.parent, top.base_config),
-            settings=settings,
+            settings=_with_source(settings, beside[video]),
             stored_conv_steps=conv_steps.get(settings.steps, 0),
             where=f"{path}:{line}",
         )
@@ -138,7 +150,7 @@ def _clip_jobs(path: Path, top: ManifestFile, index: int, problems: _Problems) -
 
 
 def _settings(
-    levels: Sequence[tuple[Where, Level]], prompt: str, problems: _Problems
+    levels: Sequence[tuple[Where, Level]], prompt: str, problems: Problems
 ) -> Settings | None:
     """Merge preset < defaults < clip < edit and validate; errors point to where a value stands."""
     given: Level = {}
@@ -178,6 +190,45 @@ def _settings(
     return settings
 
 
+def _sidecar(video: Path, where: Where, problems: Problems) -> str | None:
+    """The text file beside a video, which is its source prompt where the manifest gives none."""
+    path = video.with_suffix(".txt")
+    try:
+        return path.read_text("utf-8-sig").strip() if path.is_file() else None
+    except (OSError, ValueError) as error:
+        problems.add((*where, "video"), f"its source prompt {path} can't be read: {error}")
+        return None
+
+
+def _with_source(settings: Settings, beside: str | None) -> Settings:
+    if beside is None or "source_prompt" in settings.model_fields_set:
+        return settings
+    return settings.model_copy(update={"source_prompt": beside})
+
+
+def _check_naming(naming: str, jobs: Sequence[Job], problems: Problems) -> None:
+    """Every video needs a file of its own inside the output folder."""
+    where = ("naming",)
+    try:
+        names = [naming.format(clip=job.clip, edit=job.edit) for job in jobs]
+    except (KeyError, IndexError, ValueError, AttributeError) as error:
+        problems.add(where, f"template {naming!r}: {error}; there are {{clip}} and {{edit}}")
+        return
+    if not naming.endswith(".mp4"):
+        problems.add(where, f"must end in .mp4 (got {naming!r})")
+    for name in names:
+        parts = PurePosixPath(name).parts
+        if name.startswith("/") or "\\" in name or any(p.startswith((".", "~")) for p in parts):
+            problems.add(where, f"{name!r} is not inside the output folder, or hidden")
+            return
+    taken: dict[str, Job] = {}
+    for job, name in zip(jobs, names, strict=True):
+        first = taken.setdefault(name.casefold(), job)
+        if first is not job and naming != NAMING:  # else two edits have one name, said before
+            problems.add(where, f"{first.name} and {job.name} would both be {name!r}")
+            return
+
+
 def _conv_steps(edits: Sequence[Settings]) -> dict[int, int]:
     """For how many of the first steps `match` stores convolution features, by `steps`.
 
@@ -194,7 +245,7 @@ def _conv_steps(edits: Sequence[Settings]) -> dict[int, int]:
 
 
 def _videos(
-    root: Path, entry: ClipEntry, output: Path, where: Where, problems: _Problems
+    root: Path, entry: ClipEntry, output: Path, where: Where, problems: Problems
 ) -> list[Path]:
     """The files that `video` names: one file, a glob's matches, or a folder's videos."""
     target = root / Path(entry.video).expanduser()
@@ -218,7 +269,7 @@ def _videos(
     return found
 
 
-def _clip_name(entry: ClipEntry, video: Path, where: Where, problems: _Problems) -> str:
+def _clip_name(entry: ClipEntry, video: Path, where: Where, problems: Problems) -> str:
     """The clip's name, or the file's, which must do as a folder's."""
     if entry.name is not None:
         return entry.name
@@ -235,7 +286,7 @@ def _is_video(path: Path, folder: Path) -> bool:
     return not hidden and path.suffix.lower() in VIDEO_SUFFIXES and (folder / path).is_file()
 
 
-def _refuse_equal_names(jobs: Iterable[Job], problems: _Problems) -> None:
+def _refuse_equal_names(jobs: Iterable[Job], problems: Problems) -> None:
     """Two clips, or two edits of a clip, that would write the same files."""
     clips: dict[str, Job] = {}
     edits: dict[tuple[str, str], Job] = {}
@@ -258,7 +309,7 @@ def _model_reference(root: Path, model: str) -> str:
 
 
 def _split(
-    raw: Level, model: type[M] | None, where: Where, problems: _Problems
+    raw: Level, model: type[M] | None, where: Where, problems: Problems
 ) -> tuple[M | None, Level]:
     """Part a level into its own entry (if it has one) and the settings it passes on."""
     own = set(model.model_fields) if model else set()
@@ -272,7 +323,7 @@ def _split(
     return _validate(model, {k: v for k, v in raw.items() if k in own}, where, problems), settings
 
 
-def _validate(model: type[M], raw: Any, where: Where, problems: _Problems) -> M | None:
+def _validate(model: type[M], raw: Any, where: Where, problems: Problems) -> M | None:
     try:
         return model.model_validate(raw)
     except ValidationError as error:
@@ -296,91 +347,3 @@ def _unknown(key: str, known: Iterable[str]) -> str:
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-@dataclass(frozen=True)
-class _Text:
-    """A manifest's data with the line of every node."""
-
-    path: Path
-    root: yaml.Node
-    raw: Any
-
-    @classmethod
-    def read(cls, path: Path) -> _Text:
-        try:
-            text = path.read_text(encoding="utf-8")
-            root = yaml.compose(text, Loader=yaml.SafeLoader)
-            raw = yaml.safe_load(text)
-        except FileNotFoundError:
-            raise ManifestError(f"{path}: no such manifest") from None
-        except yaml.MarkedYAMLError as error:
-            mark = error.problem_mark or error.context_mark
-            line = mark.line + 1 if mark else 1
-            raise ManifestError(f"{path}:{line}: not valid YAML: {error.problem}") from None
-        except (OSError, ValueError, yaml.YAMLError) as error:
-            raise ManifestError(f"{path}: can't be read: {error}") from None
-        if not isinstance(root, yaml.MappingNode):
-            raise ManifestError(f"{path}:1: a manifest is a mapping: version, model, clips")
-        _refuse_duplicate_keys(path, root)
-        return cls(path, root, raw)
-
-    def line(self, where: Where) -> int:
-        """The line of the innermost part of `where` that exists."""
-        node, line = self.root, self.root.start_mark.line
-        for part in where:
-            if isinstance(node, yaml.MappingNode):
-                pairs: Mapping[str, tuple[yaml.Node, yaml.Node]]
-                pairs = {key.value: (key, value) for key, value in node.value}
-            elif isinstance(node, yaml.SequenceNode):
-                pairs = {str(i): (value, value) for i, value in enumerate(node.value)}
-            else:
-                break
-            if str(part) not in pairs:
-                break
-            key, node = pairs[str(part)]
-            line = key.start_mark.line
-        return line + 1
-
-
-def _refuse_duplicate_keys(path: Path, root: yaml.Node) -> None:
-    """YAML keeps the last of two equal keys without a word: an edit would be lost."""
-    waiting, visited = [root], set[int]()
-    while waiting:
-        node = waiting.pop()
-        if id(node) not in visited:  # an anchor may stand in many places, even in itself
-            visited.add(id(node))
-            waiting += _unique_children(path, node)
-
-
-def _unique_children(path: Path, node: yaml.Node) -> list[yaml.Node]:
-    children = node.value if isinstance(node, yaml.SequenceNode) else []
-    if isinstance(node, yaml.MappingNode):
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if key.value in seen:
-                line = key.start_mark.line + 1
-                raise ManifestError(f"{path}:{line}: `{key.value}` is given twice")
-            seen.add(key.value)
-        children = [value for _, value in node.value]
-    return children
-
-
-@dataclass
-class _Problems:
-    """Collects everything that is wrong before saying so."""
-
-    text: _Text
-    lines: list[str] = field(default_factory=list)
-
-    def add(self, where: Where, message: str) -> None:
-        dotted = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in where).lstrip(".")
-        self.say(f"{self.text.path}:{self.text.line(where)}: {dotted}: {message}")
-
-    def say(self, line: str) -> None:
-        if line not in self.lines:
-            self.lines.append(line)
-
-    def stop(self) -> None:
-        if self.lines:
-            raise ManifestError("\n".join(self.lines), hint="docs/manifest.md lists every key")

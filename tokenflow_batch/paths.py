@@ -5,30 +5,33 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from tokenflow_batch.config import StageName
+from tokenflow_batch.config import NAMING, StageName
 
 
 @dataclass(frozen=True)
 class Workspace:
     """The output folder and the work folder of a batch.
 
-    OUTPUT/<clip>/<edit>.mp4                 the edited video
+    OUTPUT/<clip>/<edit>.mp4                 the edited video, or as `naming` says
     OUTPUT/<clip>/<edit>/metrics.json        and contact_sheet.png, side_by_side.mp4
     WORK/<stage>/<key>/                      a stage's result: ledger.StageFolder
     WORK/<stage>/<key>.lock                  held while a process works on it
     WORK/digests.json                        files already digested, by path, size and mtime
+    WORK/headers.json                        lengths and sizes of videos, by the same
+    WORK/logs/                               events and errors of jobs: joblog.JobLog
     """
 
     output: Path
     work: Path
+    naming: str = NAMING
 
     def video(self, clip: str, edit: str) -> Path:
         """The edited video."""
-        return self.output / clip / f"{edit}.mp4"
+        return self.output / self.naming.format(clip=clip, edit=edit)
 
     def details(self, clip: str, edit: str) -> Path:
         """The folder beside the edited video."""
-        return self.output / clip / edit
+        return self.video(clip, edit).with_suffix("")
 
     def stage(self, stage: StageName, key: str) -> Path:
         """A stage's folder."""
@@ -42,3 +45,13 @@ class Workspace:
     def digests(self) -> Path:
         """The memory of file digests."""
         return self.work / "digests.json"
+
+    @property
+    def headers(self) -> Path:
+        """The memory of video headers."""
+        return self.work / "headers.json"
+
+    @property
+    def logs(self) -> Path:
+        """The folder of the jobs' logs."""
+        return self.work / "logs"

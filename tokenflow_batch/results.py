@@ -23,6 +23,7 @@ from tokenflow_batch.errors import (
     revived,
 )
 from tokenflow_batch.files import replacing
+from tokenflow_batch.joblog import JobLog
 from tokenflow_batch.paths import Workspace
 from tokenflow_batch.stages.base import StageContext
 from tokenflow_batch.stages.render import VIDEO, VIDEO_FILE
@@ -107,7 +108,7 @@ def translate(job: Job, workspace: Workspace, error: Exception) -> TokenflowBatc
             f"{error.filename}: {error.strerror}",
             hint="check that the output and work folders are folders that can be written",
         )
-    path = workspace.work / "logs" / f"{job.clip}.{job.edit}.traceback.txt"
+    path = JobLog.of(workspace, job).traceback
     text = "".join(traceback.format_exception(error))
     try:
         with replacing(path) as temporary:
@@ -140,10 +141,11 @@ def mendable(outcome: Outcome) -> bool:
     return bool(outcome["locked"] or outcome["damaged"])
 
 
-def say_failed(job: Job, outcome: Outcome) -> None:
-    """Log why a job has failed, with its place in the manifest."""
+def say_failed(job: Job, workspace: Workspace, outcome: Outcome) -> None:
+    """Tell why a job has failed, with its place in the manifest, and keep it in the job's log."""
     error = revived(outcome["error"], outcome["message"], outcome["hint"])
     log.error("%s (%s): %s", job.name, job.where, error)
+    JobLog.of(workspace, job).failed(error)
 
 
 def _copy(source: Path, target: Path) -> None:

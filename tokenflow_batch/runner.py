@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import cast
 
 from filelock import FileLock, Timeout
-from pydantic import ByteSize
 
 from tokenflow_batch.config import STAGES, Batch, Job, StageName
-from tokenflow_batch.disk import keep_within
+from tokenflow_batch.disk import keep_within, warn_if_over
 from tokenflow_batch.distributed import Team
 from tokenflow_batch.errors import (
     DamagedUnit,
@@ -26,6 +25,7 @@ from tokenflow_batch.errors import (
     TokenflowBatchError,
 )
 from tokenflow_batch.inputs import Inputs
+from tokenflow_batch.joblog import JobLog
 from tokenflow_batch.ledger import COMPLETE, StageFolder
 from tokenflow_batch.models import Compute, Model, load, resolve
 from tokenflow_batch.results import (
@@ -116,7 +116,7 @@ class Runner:
             if any(told[job.name]["locked"] for job in todo):
                 time.sleep(_LOCKED_PAUSE)
         if disk_budget is not None and self.team.leads:
-            self._keep_within(disk_budget)
+            warn_if_over(self.inputs, disk_budget)
         return [result for name, result in results.items() if name in begun]
 
     def _round(
@@ -165,8 +165,9 @@ class Runner:
         except Exception as error:  # the batch goes on, whatever it was
             outcome = self._outcome(result, error)
             if not mendable(outcome):
-                say_failed(job, outcome)
+                say_failed(job, self.inputs.workspace, outcome)
             return outcome
+        self._log(job).succeeded()
         return self._outcome(result, None)
 
     def _help(self, job: Job, stages: Sequence[StageName], patience: float | None) -> None:
@@ -199,7 +200,7 @@ class Runner:
             damage = tuple(outcome["damaged"] or ())
             if damage and (damage in earlier or damage[0] not in stages):
                 if self.team.leads:
-                    say_failed(job, outcome)
+                    say_failed(job, self.inputs.workspace, outcome)
                 continue
             jobs.append(job)
             if damage and damage not in self._mended:
@@ -221,7 +222,7 @@ class Runner:
         more = self.team.agree(f"mend/{stage}/{key}/{unit}", forget)
         if self.team.leads:
             what = f"it and {more} more units are" if more else "it is"
-            log.warning("%s: %s; %s computed again", job.name, outcome["message"], what)
+            self._log(job).warn(f"{job.name}: {outcome['message']}; {what} computed again")
 
     def _outcome(self, result: JobResult, error: Exception | None) -> Outcome:
         """A job's end as plain data, for every process of the team."""
@@ -254,13 +255,21 @@ class Runner:
                 )
         with self._locked(context, stage):
             if not folder.complete:  # another run may have finished it meanwhile
-                folder.open(context.keys[stage].described, self.compute.numerics())
-                try:
-                    implementation.run(context, folder)
-                    context.sharing.once(folder, COMPLETE, lambda: folder.finish({}))
-                finally:
-                    folder.abandon()  # before the lock goes
+                self._work(context, stage)
         result.ran.append(stage)
+
+    def _work(self, context: StageContext, stage: StageName) -> None:
+        folder, told, began = context.folder(stage), self._log(context.job), time.perf_counter()
+        told.event("stage started", stage=stage, key=folder.key)
+        folder.open(context.keys[stage].described, self.compute.numerics())
+        try:
+            IMPLEMENTATIONS[stage].run(context, folder)
+            context.sharing.once(folder, COMPLETE, lambda: folder.finish({}))
+        finally:
+            folder.abandon()  # before the lock goes
+        seconds = round(time.perf_counter() - began, 3)
+        rows = folder.totals().get("rows", 0)
+        told.event("stage finished", stage=stage, seconds=seconds, rows=rows)
 
     @contextmanager
     def _locked(self, context: StageContext, stage: StageName) -> Iterator[None]:
@@ -295,16 +304,6 @@ class Runner:
             raise
         lock.release()
 
-    def _keep_within(self, budget: int) -> None:
-        over = keep_within(self.inputs, budget)
-        if over:
-            log.warning(
-                "disk budget: the work folder %s is still over it by %s; what is left is needed by "
-                "jobs that are not done, or are results",
-                self.inputs.workspace.work,
-                ByteSize(over).human_readable(),
-            )
-
     def _force(self, stages: Sequence[StageName]) -> dict[str, Outcome]:
         """Begin stages of all jobs anew; returns the outcomes of jobs where that failed."""
         forced: set[Path] = set()
@@ -316,7 +315,7 @@ class Runner:
                     self._begin_anew(context, stage, forced)
             except Exception as error:  # the batch goes on
                 failed[job.name] = self._outcome(JobResult(job), error)
-                say_failed(job, failed[job.name])
+                say_failed(job, self.inputs.workspace, failed[job.name])
         return failed
 
     def _begin_anew(self, context: StageContext, stage: StageName, forced: set[Path]) -> None:
@@ -386,6 +385,9 @@ class Runner:
             compute=self.compute,
             model=lambda: self.model,
             progress=lambda what, total: self.progress(f"{job.name} {what}", total),
-            warn=log.warning,
+            warn=self._log(job).warn,
             sharing=sharing or Sharing(Team()),
         )
+
+    def _log(self, job: Job) -> JobLog:
+        return JobLog.of(self.inputs.workspace, job)

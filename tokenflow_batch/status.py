@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 from tokenflow_batch.config import STAGE_INPUTS, STAGES, Batch, Job, StageName
 from tokenflow_batch.errors import DamagedUnit
 from tokenflow_batch.inputs import Inputs
+from tokenflow_batch.joblog import JobLog
 from tokenflow_batch.ledger import StageFolder
+from tokenflow_batch.paths import Workspace
 
-State = Literal["done", "begun", "waiting", "damaged", "unknown"]
-"""`unknown`: an input file has changed or was never read, so its digest is not known."""
+State = Literal["done", "running", "begun", "waiting", "damaged", "unknown"]
+"""`running`: a process of this machine holds its lock. `unknown`: an input file has changed or was
+never read, so its digest is not known."""
 
 
 @dataclass(frozen=True)
@@ -32,12 +36,13 @@ class StageStatus:
 
 @dataclass(frozen=True)
 class JobStatus:
-    """A job's stages in order, and whether its video lies where it belongs."""
+    """A job's stages in order, whether its video lies where it belongs, and its last error."""
 
     clip: str
     edit: str
     stages: dict[StageName, StageStatus]
     published: bool
+    error: str | None = None
 
 
 def status(batch: Batch) -> list[JobStatus]:
@@ -47,25 +52,71 @@ def status(batch: Batch) -> list[JobStatus]:
         ModelError: the model is not on this disk.
     """
     inputs = Inputs.of(batch, download=False)
+    looking = _Looking(inputs.workspace)
     found = []
     for job in batch.jobs:
         keys = inputs.known_keys(job)
         stages: dict[StageName, StageStatus] = {}
         for stage in STAGES:
             if keys is None:
-                began = inputs.workspace.digests.exists()
-                stages[stage] = StageStatus("unknown" if began else "waiting", 0)
+                stages[stage] = StageStatus("unknown" if looking.began else "waiting", 0)
             else:
-                key = keys[stage].key
-                folder = StageFolder(inputs.workspace.stage(stage, key), stage, key)
-                stages[stage] = _stage_status(folder)
+                stages[stage] = looking.at(stage, keys[stage].key)
         video = inputs.workspace.video(job.clip, job.edit)
         published = stages["render"].state == "done" and video.is_file()
-        found.append(JobStatus(job.clip, job.edit, stages, published))
+        error = JobLog.of(inputs.workspace, job).last_error() if looking.logged else None
+        found.append(JobStatus(job.clip, job.edit, stages, published, error))
     return found
 
 
-def _stage_status(folder: StageFolder) -> StageStatus:
+class _Looking:
+    """Looks at each stage folder once, and at none that is not there."""
+
+    def __init__(self, workspace: Workspace) -> None:
+        self.workspace, self.began = workspace, workspace.digests.exists()
+        self.logged = workspace.logs.is_dir()
+        self._there = {stage: _names(workspace.work / stage) for stage in STAGES}
+        self._locks = _held_locks()
+        self._seen: dict[tuple[StageName, str], StageStatus] = {}
+
+    def at(self, stage: StageName, key: str) -> StageStatus:
+        """The state of a stage folder."""
+        if (stage, key) not in self._seen:
+            there = self._there[stage]
+            folder = StageFolder(self.workspace.stage(stage, key), stage, key)
+            found = stage_status(folder) if key in there else StageStatus("waiting", 0, key)
+            if found.state != "done" and f"{key}.lock" in there and self._locked(stage, key):
+                found = replace(found, state="running")
+            self._seen[stage, key] = found
+        return self._seen[stage, key]
+
+    def _locked(self, stage: StageName, key: str) -> bool:
+        try:
+            return self.workspace.lock(stage, key).stat().st_ino in self._locks
+        except OSError:
+            return False
+
+
+def _names(folder: Path) -> frozenset[str]:
+    return frozenset(path.name for path in folder.iterdir()) if folder.is_dir() else frozenset()
+
+
+def _held_locks() -> frozenset[int]:
+    """Inodes of files locked by processes of this machine.
+
+    Looked up rather than tried: to try a lock is to take it, in the way of a run that starts.
+    """
+    try:
+        lines = Path("/proc/locks").read_text("ascii").splitlines()
+    except OSError:
+        return frozenset()
+    waiting = "->"  # processes that wait for a lock are listed below it
+    fields = (line.split() for line in lines if waiting not in line)
+    return frozenset(int(f[5].rsplit(":", 1)[1]) for f in fields if len(f) > 5)
+
+
+def stage_status(folder: StageFolder) -> StageStatus:
+    """The state of one stage folder."""
     units = sum(1 for _ in folder.units())
     if folder.complete:
         return StageStatus("done", units, folder.key)
@@ -137,6 +188,7 @@ def _steps(
 
 def _reason(found: StageStatus) -> str:
     return {
+        "running": "running in another process now",
         "begun": f"begun: goes on after {found.units} units",
         "damaged": "damaged: what is missing is computed again",
         "unknown": "the video or the model has changed or was not read yet",

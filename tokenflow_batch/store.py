@@ -10,7 +10,7 @@ carry a CRC-32C each. Reads go through the ledger: the unit is compared with its
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,54 +20,12 @@ from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from tokenflow_batch.ahead import waited, waiting
+from tokenflow_batch.arrays import ArraySpec
 from tokenflow_batch.ledger import StageFolder
 
 LAYOUT = "layout"
 Block = tuple[int, ...]
 Array = NDArray[Any]
-
-
-@dataclass(frozen=True)
-class ArraySpec:
-    """One array.
-
-    Attributes:
-        unit: the kind of unit that writes it; arrays of one kind are committed together.
-        lead: sizes of the leading axes that are not frames, one block each (steps, windows).
-        frames: size of the frame axis.
-        block_frames: frames per block.
-        tail: shape of one frame's data.
-        dtype: numpy dtype name.
-        compress: try zstd (indices compress, latents don't).
-    """
-
-    unit: str
-    lead: tuple[int, ...]
-    frames: int
-    block_frames: int
-    tail: tuple[int, ...]
-    dtype: str
-    compress: bool = False
-
-    @classmethod
-    def from_json(cls, raw: Mapping[str, Any]) -> ArraySpec:
-        """From `dataclasses.asdict` by way of JSON, where tuples became lists."""
-        return cls(**{**raw, "lead": tuple(raw["lead"]), "tail": tuple(raw["tail"])})
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The whole array."""
-        return (*self.lead, self.frames, *self.tail)
-
-    @property
-    def shard(self) -> tuple[int, ...]:
-        """One block."""
-        return (*(1 for _ in self.lead), self.block_frames, *self.tail)
-
-    @property
-    def inner(self) -> tuple[int, ...]:
-        """What is read at once: single frames, so that keyframes can be picked."""
-        return (*(1 for _ in self.lead), 1, *self.tail)
 
 
 def lay_out(stage: StageFolder, specs: Mapping[str, ArraySpec]) -> None:

@@ -15,7 +15,12 @@ from tokenflow_batch.config import STAGES, Batch, StageName
 from tokenflow_batch.errors import ManifestError, TokenflowBatchError
 
 ManifestArgument = Annotated[
-    Path, typer.Argument(metavar="MANIFEST", help="YAML or JSON file.", show_default=False)
+    Path,
+    typer.Argument(
+        metavar="MANIFEST",
+        help="YAML or JSON; CSV with --model.",
+        show_default=False,
+    ),
 ]
 OutputOption = Annotated[
     Path | None, typer.Option("--output", "-o", help="Output folder instead of the manifest's.")
@@ -31,6 +36,9 @@ OnlyOption = Annotated[
         metavar="PATTERN",
         help="Only these jobs: `clip/edit` or `clip`, with * and ?; repeatable.",
     ),
+]
+ModelOption = Annotated[
+    str | None, typer.Option(help="Model of a CSV table of (video, prompt) rows.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")]
 
@@ -67,12 +75,13 @@ def load_batch(
     device: str | None = None,
     threads: int | None = None,
     only: Sequence[str] | None = None,
+    model: str | None = None,
 ) -> Batch:
     """A manifest as the command line changes it; what is wrong with it ends the command."""
     from tokenflow_batch.manifest import load
 
     with messages():
-        batch = load(manifest, output=output, workdir=workdir)
+        batch = load(manifest, output=output, workdir=workdir, model=model)
         changes: dict[str, Any] = {"device": device, "threads": threads}
         given = {k: v for k, v in changes.items() if v is not None}
         batch = replace(batch, runtime=batch.runtime.model_copy(update=given))

@@ -12,6 +12,7 @@ from tokenflow_batch.cli.options import (
     DeviceOption,
     JsonOption,
     ManifestArgument,
+    ModelOption,
     OnlyOption,
     OutputOption,
     ThreadsOption,
@@ -56,6 +57,7 @@ def register(app: typer.Typer) -> None:
 
 def _run(
     manifest: ManifestArgument,
+    model: ModelOption = None,
     output: OutputOption = None,
     workdir: WorkdirOption = None,
     device: DeviceOption = None,
@@ -81,7 +83,9 @@ def _run(
 ) -> None:
     """Run every job of a manifest through all stages; what is done is skipped."""
     stages = stage_range(from_, until)
-    batch = load_batch(manifest, output, workdir, device=device, threads=threads, only=only)
+    batch = load_batch(
+        manifest, output, workdir, device=device, threads=threads, only=only, model=model
+    )
     forced = [stage_name(stage) for stage in force or []]
     with messages():
         from tokenflow_batch.disk import parse_size
@@ -101,6 +105,7 @@ def _run(
 def _stage_command(stage: StageName, summary: str) -> Callable[..., None]:
     def command(
         manifest: ManifestArgument,
+        model: ModelOption = None,
         output: OutputOption = None,
         workdir: WorkdirOption = None,
         device: DeviceOption = None,
@@ -111,7 +116,9 @@ def _stage_command(stage: StageName, summary: str) -> Callable[..., None]:
         keep_going: KeepGoingOption = True,
         as_json: JsonOption = False,
     ) -> None:
-        batch = load_batch(manifest, output, workdir, device=device, threads=threads, only=only)
+        batch = load_batch(
+            manifest, output, workdir, device=device, threads=threads, only=only, model=model
+        )
         run_or_tell(
             batch,
             (stage,),

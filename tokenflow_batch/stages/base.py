@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from tokenflow_batch.arrays import ArraySpec
 from tokenflow_batch.config import STAGE_INPUTS, Job, Settings, StageName
 from tokenflow_batch.distributed import Team
 from tokenflow_batch.keys import StageKey
@@ -15,7 +16,7 @@ from tokenflow_batch.ledger import StageFolder
 from tokenflow_batch.models import Compute, Model
 from tokenflow_batch.paths import Workspace
 from tokenflow_batch.stages.sharing import Sharing
-from tokenflow_batch.store import LAYOUT, ArraySpec, ArrayStore, lay_out
+from tokenflow_batch.store import LAYOUT, ArrayStore, lay_out
 
 Advance = Callable[[int], None]
 """Tells a progress bar that so many frames (times steps) are done."""

@@ -116,9 +116,10 @@ class CleanLatents:
         self._store = ArrayStore.open(folder)
 
     @property
-    def frame_shape(self) -> tuple[int, ...]:
+    def frame_shape(self) -> tuple[int, int, int]:
         """(C, h, w)."""
-        return self._store.specs["latents"].tail
+        channels, height, width = self._store.specs["latents"].tail
+        return channels, height, width
 
     def read(self, frames: Sequence[int]) -> Tensor:
         """(N, C, h, w) float32."""

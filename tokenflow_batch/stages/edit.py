@@ -9,14 +9,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tokenflow_batch.arrays import edit_arrays, index_name, state_names
 from tokenflow_batch.config import Settings
 from tokenflow_batch.ledger import StageFolder
 from tokenflow_batch.models import require_finite
 from tokenflow_batch.plan import injection_of
 from tokenflow_batch.stages.base import Advance, Stage, StageContext
 from tokenflow_batch.stages.clip import CleanLatents, Clip, InvertedLatents, read_clip
-from tokenflow_batch.stages.match import array_name, sites_by_tokens
-from tokenflow_batch.store import ArraySpec, ArrayStore, unit_name
+from tokenflow_batch.stages.match import sites_by_tokens
+from tokenflow_batch.store import ArrayStore, unit_name
 from tokenflow_batch.tokenflow.attention import Hooks, tokenflow_hooks
 from tokenflow_batch.tokenflow.ddim import Schedule, renoise
 from tokenflow_batch.tokenflow.denoise import (
@@ -47,7 +48,10 @@ class Edit(Stage):
         source = InvertedLatents(context.folder("invert"), schedule, inversion)
         layout, sampler = clip.layout(s), SAMPLERS[s.sampler]
         frame_shape = model.frame_shape(clip.geometry.working)
-        store = context.store(folder, _specs(clip, layout, s, sampler, frame_shape))
+        size = (s.steps, clip.frames, clip.chunk_frames)
+        windows = (len(layout.windows), max(map(len, layout.windows)))
+        specs = edit_arrays(*size, frame_shape, windows, sampler.history)
+        store = context.store(folder, specs)
         prompts = Prompts(*(model.embed(p) for p in (s.source_prompt, s.negative_prompt, s.prompt)))
         first = context.sharing.agree(
             folder, "first step", lambda: _resume_at(folder, clip, layout.windows, s)
@@ -80,30 +84,6 @@ class Edit(Stage):
             )
             for step in range(first, s.steps):
                 work.step(step, s, sampler, advance)
-
-
-def _specs(
-    clip: Clip,
-    layout: Layout,
-    settings: Settings,
-    sampler: Sampler,
-    frame_shape: tuple[int, ...],
-) -> dict[str, ArraySpec]:
-    """Latents after each step (position 0 stays empty), sampler history, window predictions.
-
-    All float32 whatever the model computes in: they are few, and rounding would add up.
-    """
-    grid = ((settings.steps + 1,), clip.frames, clip.chunk_frames, frame_shape, "float32")
-    longest = max(map(len, layout.windows))
-    specs = {name: ArraySpec("advance", *grid) for name in _state_names(sampler)}
-    specs["noise"] = ArraySpec(
-        "window", (settings.steps, len(layout.windows)), longest, longest, frame_shape, "float32"
-    )
-    return specs
-
-
-def _state_names(sampler: Sampler) -> list[str]:
-    return ["latents", *(f"history_{k}" for k in range(sampler.history))]
 
 
 def _edit_settings(context: StageContext, latent_hw: tuple[int, int]) -> EditSettings:
@@ -177,7 +157,7 @@ class _Inputs:
             return State(self._start(frames))
         x, *history = (
             torch.from_numpy(self.store.read(name, (self.step,), frames))
-            for name in _state_names(self.sampler)
+            for name in state_names(self.sampler.history)
         )
         return State(x, tuple(history))
 
@@ -203,7 +183,7 @@ class _Inputs:
         assert self._match is not None  # noqa: S101
         index: dict[int, Tensor] = {}
         for tokens, group in self._groups.items():
-            data = self._match.read(array_name(tokens), (self.step,), frames)
+            data = self._match.read(index_name(tokens), (self.step,), frames)
             for position, site in enumerate(group):
                 index[site.index] = torch.from_numpy(data[:, position].astype("int64"))
         return [index[i] for i in range(len(index))]
@@ -267,7 +247,7 @@ class _Editing:
         state = self.inputs.state(chunk.frames)
         after = sampler.step(self.schedule, step, first, state, noise)
         values = (after.x.numpy(), *(h.numpy() for h in after.history))
-        named = dict(zip(_state_names(sampler), values, strict=True))
+        named = dict(zip(state_names(sampler.history), values, strict=True))
         self.store.write((step + 1, chunk.index), named)
 
     def _blended(self, step: int, chunk: Chunk, drawn: Sequence[int]) -> Tensor:

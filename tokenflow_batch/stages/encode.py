@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tokenflow_batch.arrays import encode_arrays
 from tokenflow_batch.errors import VideoError
 from tokenflow_batch.files import replacing
 from tokenflow_batch.geometry import Fit, plan_geometry
@@ -23,7 +25,7 @@ from tokenflow_batch.stages.clip import (
     Clip,
     read_clip,
 )
-from tokenflow_batch.store import ArraySpec, unit_name
+from tokenflow_batch.store import unit_name
 from tokenflow_batch.tokenflow.windows import Chunk
 from tokenflow_batch.video import find_cuts, probe, read_frames
 
@@ -44,19 +46,18 @@ class Encode(Stage):
             model.check_prompt(prompt)  # now, rather than after hours of inversion
         model.check_conv_site(s.conv_site)
         frame_shape = model.frame_shape(clip.geometry.working)
-        spec = ArraySpec(
-            "encode", (), clip.frames, clip.chunk_frames, frame_shape, context.float_dtype
-        )
-        store = context.store(folder, {"latents": spec})
+        specs = encode_arrays(clip.frames, clip.chunk_frames, frame_shape, context.float_dtype)
+        store = context.store(folder, specs)
         units = {unit_name("encode", (chunk.index,)): chunk for chunk in clip.chunks}
         missing = [chunk for unit, chunk in units.items() if not folder.committed(unit)]
         with context.progress("encode", sum(map(len, missing))) as advance:
             for chunk, frames in _frames_of(context, clip, sharing.share(folder, units)):
-                latents = []
+                began, latents = time.perf_counter(), []
                 while batch := list(islice(frames, context.settings.vae_batch)):
                     latents.append(model.encode(np.stack(batch)).numpy())
                     advance(len(batch))
-                store.write((chunk.index,), {"latents": np.concatenate(latents)})
+                facts = {"frames": len(chunk), "seconds": time.perf_counter() - began}
+                store.write((chunk.index,), {"latents": np.concatenate(latents)}, facts)
 
 
 def _probe(context: StageContext, folder: StageFolder) -> None:

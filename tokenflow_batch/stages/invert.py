@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Sequence
 
@@ -12,12 +11,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tokenflow_batch.ahead import ahead
+from tokenflow_batch.arrays import invert_arrays
 from tokenflow_batch.errors import ModelError
 from tokenflow_batch.ledger import StageFolder
 from tokenflow_batch.models import Model, require_finite
 from tokenflow_batch.stages.base import Stage, StageContext
 from tokenflow_batch.stages.clip import CleanLatents, read_clip
-from tokenflow_batch.store import ArraySpec, ArrayStore, unit_name
+from tokenflow_batch.store import ArrayStore, unit_name
 from tokenflow_batch.tokenflow.ddim import (
     TOLERANCE,
     Inverted,
@@ -30,8 +30,6 @@ from tokenflow_batch.tokenflow.ddim import (
 )
 from tokenflow_batch.tokenflow.denoise import Denoiser
 from tokenflow_batch.tokenflow.windows import Chunk, batches
-
-log = logging.getLogger(__name__)
 
 
 class Invert(Stage):
@@ -46,15 +44,9 @@ class Invert(Stage):
         schedule, sampling = model.schedule(s.inversion_steps), model.schedule(s.steps)
         kept = _kept(model, schedule, sampling)
         clean = CleanLatents(context.folder("encode"))
-        lead = (len(schedule),)
-        per_frame = (lead, clip.frames, clip.chunk_frames)
-        store = context.store(
-            folder,
-            {
-                "latents": ArraySpec("invert", *per_frame, clean.frame_shape, context.float_dtype),
-                "residual": ArraySpec("invert", *per_frame, (), "float32"),
-            },
-        )
+        size = (len(schedule), clip.frames, clip.chunk_frames)
+        specs = invert_arrays(*size, clean.frame_shape, context.float_dtype)
+        store = context.store(folder, specs)
         denoiser = Denoiser(model.unet, model.prediction_type)
         work = _Inversion(context, store, clean, denoiser, schedule, model.embed(s.source_prompt))
         sharing = context.sharing
@@ -127,6 +119,7 @@ class _Inversion:
         source_embed: Tensor,
     ) -> None:
         self.settings, self.store, self.clean = context.settings, store, clean
+        self.warn = context.warn
         self.denoiser, self.embed = denoiser, source_embed.unsqueeze(0)
         self.timesteps = schedule.timesteps[::-1]
         self.alphas = schedule.alphas[::-1]
@@ -202,15 +195,11 @@ class _Inversion:
         bad = np.flatnonzero(residual_F > TOLERANCE)
         if len(bad):
             worst = chunk.start + int(residual_F.argmax())
-            log.warning(
-                "inversion step %d (timestep %d): %d frames did not converge after a retry, the "
-                "worst is frame %d (residual %.2g); the best iterate is kept. More "
-                "inversion_iterations or steps help",
-                i,
-                self.timesteps[i],
-                len(bad),
-                worst,
-                float(residual_F.max()),
+            self.warn(
+                f"inversion step {i} (timestep {self.timesteps[i]}): {len(bad)} frames did not "
+                f"converge after a retry, the worst is frame {worst} (residual "
+                f"{residual_F.max():.2g}); the best iterate is kept. More inversion_iterations or "
+                "steps help"
             )
 
     def _alpha(self, i: int) -> float:

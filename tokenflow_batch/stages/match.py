@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from tokenflow_batch.ahead import ahead
+from tokenflow_batch.arrays import index_dtype, index_name, match_arrays
 from tokenflow_batch.ledger import StageFolder
 from tokenflow_batch.stages.base import Stage, StageContext
 from tokenflow_batch.stages.clip import Clip, InvertedLatents, read_clip
-from tokenflow_batch.store import Array, ArraySpec, unit_name
+from tokenflow_batch.store import Array, unit_name
 from tokenflow_batch.tokenflow.attention import Hooks, tokenflow_hooks
-from tokenflow_batch.tokenflow.correspondence import Backend, index_dtype, match_frames
+from tokenflow_batch.tokenflow.correspondence import Backend, match_frames
 from tokenflow_batch.tokenflow.ddim import Schedule
 from tokenflow_batch.tokenflow.denoise import Denoiser
 from tokenflow_batch.tokenflow.injection import Site, attention_sites, conv_shape
@@ -47,7 +48,9 @@ class Match(Stage):
         latent_hw = (hw[0], hw[1])
         sites = attention_sites(model.unet)
         conv = conv_shape(model.unet, latent_hw, s.conv_site)
-        specs = _specs(context, clip, sites, latent_hw, conv)
+        counts = {n: len(group) for n, group in sites_by_tokens(sites, latent_hw).items()}
+        size = (s.steps, clip.frames, clip.chunk_frames)
+        specs = match_arrays(*size, counts, conv, context.job.stored_conv_steps)
         store = context.store(folder, specs)
         units = {
             unit_name("match", (step, chunk.index)): (step, chunk)
@@ -70,43 +73,12 @@ class Match(Stage):
                 advance(len(chunk))
 
 
-def array_name(tokens: int) -> str:
-    """The array that holds the correspondences of all sites with so many tokens."""
-    return f"index_{tokens}"
-
-
 def sites_by_tokens(sites: Sequence[Site], latent_hw: tuple[int, int]) -> dict[int, list[Site]]:
     """Sites grouped by token count: one array each."""
     groups: dict[int, list[Site]] = {}
     for site in sites:
         groups.setdefault(site.tokens(latent_hw), []).append(site)
     return groups
-
-
-def _specs(
-    context: StageContext,
-    clip: Clip,
-    sites: Sequence[Site],
-    latent_hw: tuple[int, int],
-    conv: tuple[int, int, int],
-) -> dict[str, ArraySpec]:
-    per_frame = (clip.frames, clip.chunk_frames)
-    steps = (context.settings.steps,)
-    specs = {
-        array_name(tokens): ArraySpec(
-            "match",
-            steps,
-            *per_frame,
-            (len(group), 2, tokens),
-            index_dtype(tokens),
-            compress=True,
-        )
-        for tokens, group in sites_by_tokens(sites, latent_hw).items()
-    }
-    if context.job.stored_conv_steps:
-        lead = (context.job.stored_conv_steps,)
-        specs["conv"] = ArraySpec("match", lead, *per_frame, conv, "float16")
-    return specs
 
 
 class _Matching:
@@ -187,7 +159,7 @@ class _Filling:
         self.keep_conv = keep_conv
         self.keyframe_tokens: list[Tensor] = []
         self.values: dict[str, Array] = {
-            array_name(tokens): np.empty((len(chunk), len(group), 2, tokens), index_dtype(tokens))
+            index_name(tokens): np.empty((len(chunk), len(group), 2, tokens), index_dtype(tokens))
             for tokens, group in groups.items()
         }
 
@@ -202,7 +174,7 @@ class _Filling:
                 index_N2L = match_frames(
                     tokens[site.index], self.keyframe_tokens[site.index], near, self.matching
                 )
-                self.values[array_name(count)][rows, position] = index_N2L.cpu().numpy()
+                self.values[index_name(count)][rows, position] = index_N2L.cpu().numpy()
         if not self.keep_conv:
             return
         conv = conv_NChw.half().cpu().numpy()

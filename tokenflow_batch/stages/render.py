@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
@@ -57,7 +58,7 @@ def _join(context: StageContext, folder: StageFolder, clip: Clip, units: Iterabl
     output = folder.folder / VIDEO_FILE
     for warning in join(segments, clip.facts, source, output):
         context.warn(f"{context.job.video}: {warning}")
-    folder.commit(VIDEO, [output], {"frames": clip.frames})
+    folder.commit(VIDEO, [output])
 
 
 def _segment_path(folder: StageFolder, chunk: Chunk) -> Path:
@@ -75,7 +76,7 @@ def _render_segments(
         done = missing[0].start
         for chunk in context.sharing.share(folder, units):
             undo.skip(chunk.start - done)
-            path = _segment_path(folder, chunk)
+            path, began = _segment_path(folder, chunk), time.perf_counter()
             with replacing(path) as partial:
                 write_segment(
                     partial,
@@ -86,7 +87,8 @@ def _render_segments(
                     encoding=Encoding(crf=context.settings.crf),
                     sample_aspect_ratio=undo.sample_aspect_ratio,
                 )
-            folder.commit(unit_name("segment", (chunk.index,)), [path])
+            facts = {"frames": len(chunk), "seconds": time.perf_counter() - began}
+            folder.commit(unit_name("segment", (chunk.index,)), [path], facts)
             done = chunk.stop
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -39,7 +40,7 @@ class Report(Stage):
 
 
 def _report(context: StageContext, folder: StageFolder) -> None:
-    clip = read_clip(context)
+    clip, began = read_clip(context), time.perf_counter()
     rendered = context.folder("render")
     rendered.check(VIDEO)
     edited = rendered.folder / VIDEO_FILE
@@ -67,7 +68,8 @@ def _report(context: StageContext, folder: StageFolder) -> None:
     metrics["seams"] = _seams(clip, clip.layout(context.settings), looks)
     with replacing(folder.folder / METRICS) as path:
         path.write_text(json.dumps(metrics, indent=1) + "\n", "utf-8")
-    folder.commit(REPORT, [folder.folder / name for name in (METRICS, SHEET, SIDE_BY_SIDE)])
+    facts = {"frames": clip.frames, "seconds": time.perf_counter() - began}
+    folder.commit(REPORT, [folder.folder / name for name in (METRICS, SHEET, SIDE_BY_SIDE)], facts)
 
 
 def _pairs(context: StageContext, clip: Clip, edited: Path) -> Iterator[tuple[Frame, Frame]]:
@@ -159,7 +161,7 @@ def _metrics(context: StageContext, clip: Clip, consistency: Consistency) -> dic
         "inversion_residual": _residual(context, clip.frames),
         "unet_rows": {**rows, "retried": retried, "total": sum(rows.values()) + retried},
         "unet_rows_per_frame": {stage: n / clip.frames for stage, n in rows.items()},
-        "unet_seconds": {k: round(t["seconds"], 3) for k, t in totals.items() if "seconds" in t},
+        "unet_seconds": {k: round(t["seconds"], 3) for k, t in totals.items() if "rows" in t},
         "waited_seconds": {k: round(t["waited"], 3) for k, t in totals.items() if "waited" in t},
         "numerics": json.loads(
             (context.folder("edit").folder / "numerics.json").read_text("utf-8")

@@ -107,14 +107,6 @@ def _gpu_resources(device: int) -> Any:
     return resources
 
 
-def index_dtype(tokens: int) -> str:
-    """The smallest unsigned integer type that holds indices below `tokens`."""
-    for dtype in ("uint8", "uint16", "uint32"):
-        if tokens - 1 <= np.iinfo(dtype).max:
-            return dtype
-    raise ValueError(f"{tokens} tokens do not fit uint32")
-
-
 def match_frames(
     tokens_NLC: Tensor,
     keyframe_tokens_KLC: Tensor,

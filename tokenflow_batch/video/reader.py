@@ -66,7 +66,7 @@ def probe(path: Path, progress: Callable[[int], None] | None = None) -> VideoFac
             not one frame of it can be decoded.
     """
     with open_source(path) as container:
-        stream = _picture_stream(container, path)
+        stream = picture_stream(container, path)
         decoder, clock = _Decoder(container, stream, path), _Clock(container, stream)
         stamps = array("q")
         first = last = None
@@ -92,7 +92,7 @@ def _facts(
     clock: _Clock,
 ) -> VideoFacts:
     first, last = ends
-    mirrored, rotation = _orientation(first)
+    mirrored, rotation = oriented(first)
     aspect = stream.sample_aspect_ratio or Fraction(1)
     width, height = first.width, first.height
     if rotation % 180:
@@ -154,7 +154,7 @@ def _frames(path: Path, facts: VideoFacts, start: int, stop: int) -> Iterator[ND
     )
     convert = ToRgb(facts)
     with open_source(path) as container:
-        stream = _picture_stream(container, path)
+        stream = picture_stream(container, path)
         clock = _Clock(container, stream)
         seen = 0
         for frame in _Decoder(container, stream, path):
@@ -241,7 +241,12 @@ def _refuse_what_only_looks_like_video(container: InputContainer, path: Path) ->
         raise VideoError(f"{path} is a playlist, not a video", hint="name the file it plays")
 
 
-def _picture_stream(container: InputContainer, path: Path) -> VideoStream:
+def picture_stream(container: InputContainer, path: Path) -> VideoStream:
+    """The first stream of moving pictures.
+
+    Raises:
+        VideoError: there is none, or FFmpeg has no decoder for it.
+    """
     moving = [s for s in container.streams.video if not s.disposition & _NO_MOVING_PICTURE]
     if not moving:
         what = "sound but no picture" if container.streams.audio else "no picture"
@@ -328,7 +333,7 @@ class _Clock:
         return median_low(self._intervals)
 
 
-def _orientation(frame: VideoFrame) -> tuple[bool, int]:
+def oriented(frame: VideoFrame) -> tuple[bool, int]:
     """Whether to mirror a frame left to right, and how far to turn it then, from its matrix."""
     side_data = cast(Mapping[str, bytes], frame.side_data)
     matrix = side_data.get("DISPLAYMATRIX")

@@ -1,0 +1,191 @@
+"""Mistakes in manifests: each gives its file, line and remedy, no traceback, and exit code 2; what
+only a run can see fails that job alone."""
+
+import json
+
+import pytest
+from jobs import clip, command, published, write_manifest
+
+GOOD = """\
+version: 1
+model: demo
+output: out/
+defaults:
+  steps: 10
+clips:
+  - video: wolf.mp4
+    source_prompt: a wolf
+    edits:
+      - name: robot
+        prompt: a robot
+"""
+
+MISTAKES = {
+    "unknown key": ("steps: 10", "stepz: 10", 5, "did you mean `steps`?"),
+    "unknown clip key": ("source_prompt:", "source_promt:", 8, "did you mean `source_prompt`?"),
+    "unknown edit key": ("prompt: a robot", "promt: a robot", 11, "did you mean `prompt`?"),
+    "unknown top key": ("model: demo", "model: demo\nmodle: x", 3, "did you mean `model`?"),
+    "no prompt": ("        prompt: a robot\n", "", 10, "`prompt` is missing"),
+    "empty prompt": ("prompt: a robot", 'prompt: ""', 11, "at least 1 character"),
+    "no version": ("version: 1\n", "", 1, "`version` is missing"),
+    "another version": ("version: 1", "version: 2", 1, "should be 1"),
+    "no model": ("model: demo\n", "", 1, "`model` is missing"),
+    "no clips": (GOOD[GOOD.index("clips:") :], "clips: []\n", 6, "at least 1 item"),
+    "clips of the wrong kind": ("  - video: wolf.mp4", "    video: wolf.mp4", 6, "valid list"),
+    "wrong type": ("steps: 10", "steps: many", 5, "got 'many'"),
+    "out of range": ("steps: 10", "steps: 0", 5, "greater than or equal to 1"),
+    "unknown preset": ("steps: 10", "preset: best", 5, "'balanced'"),
+    "unknown technique": ("steps: 10", "technique: magic", 5, "'pnp' or 'sdedit'"),
+    "resolution of one number": ("steps: 10", "resolution: 512", 5, "(got 512)"),
+    "cuts that do not ascend": ("steps: 10", "cuts: [5, 3]", 5, "must ascend"),
+    "strength of nothing": ("steps: 10", "strength: 0", 5, "greater than 0"),
+    "overlap of more than half": ("steps: 10", "window_overlap: 9", 5, "at most half"),
+    "inversion steps that don't fit": ("steps: 10", "inversion_steps: 7", 5, "inversion_steps"),
+    "unknown device option": ("output: out/", "runtime: {gpu: 1}", 3, "unknown key"),
+    "duplicate key": ("steps: 10", "steps: 10\n  steps: 20", 6, "`steps` is given twice"),
+    "duplicate edits": (
+        "        prompt: a robot\n",
+        "        prompt: a robot\n      - {name: Robot, prompt: other}\n",
+        12,
+        "is already defined at",
+    ),
+    "a path as a name": ("name: robot", "name: ../robot", 10, "should match pattern"),
+    "a hidden name": ("name: robot", "name: .robot", 10, "should match pattern"),
+    "a suffix in a name": ("name: robot", "name: robot.mp4", 10, "leave `.mp4` out"),
+    "a glob that matches nothing": ("wolf.mp4", '"*.avi"', 7, "no file matches"),
+    "tabs": ("  steps: 10", "\tsteps: 10", 5, "not valid YAML"),
+    "an open bracket": ("steps: 10", "resolution: [512, 512", 6, "not valid YAML"),
+    "naming out of the folder": ("output: out/", 'naming: "../{clip}-{edit}.mp4"', 3, "not inside"),
+    "naming with an absolute path": (
+        "output: out/",
+        'naming: "/tmp/{clip}-{edit}.mp4"',
+        3,
+        "not inside the output folder",
+    ),
+    "naming of something unknown": (
+        "output: out/",
+        'naming: "{video}.mp4"',
+        3,
+        "{clip} and {edit}",
+    ),
+    "naming without a suffix": ("output: out/", 'naming: "{clip}/{edit}"', 3, "end in .mp4"),
+    "one name for two results": (
+        "        prompt: a robot\n",
+        "        prompt: a robot\n      - {name: b, prompt: c}\nnaming: '{clip}.mp4'\n",
+        13,
+        "would both be 'wolf.mp4'",
+    ),
+    "matrix of no list": ("prompt: a robot", "matrix: {prompt: a robot}", 11, "must be a list"),
+    "matrix of nothing": ("prompt: a robot", "matrix: {}", 11, "lists of values"),
+    "matrix beside the same": (
+        "prompt: a robot",
+        "prompt: a\n        matrix: {prompt: [b]}",
+        12,
+        "beside the matrix too",
+    ),
+    "matrix with an unknown name": (
+        "name: robot\n        prompt: a robot",
+        'name: "{colour}"\n        matrix: {prompt: [a, b]}',
+        10,
+        "there are {prompt}",
+    ),
+    "matrix with one name": ("prompt: a robot", "matrix: {prompt: [a, b]}", 10, "already defined"),
+    "matrix with an unknown key": (
+        "prompt: a robot",
+        "matrix: {prompt: [a], x: [1]}",
+        11,
+        "unknown",
+    ),
+}
+
+
+@pytest.mark.parametrize(("old", "new", "line", "says"), MISTAKES.values(), ids=MISTAKES.keys())
+def test_a_mistake_is_told_with_file_line_and_remedy(tmp_path, old, new, line, says):
+    assert GOOD.count(old) == 1
+    path = tmp_path / "m.yaml"
+    path.write_text(GOOD.replace(old, new))
+    answer = command("status", path)
+    assert answer.exit_code == 2, answer.output
+    assert f"{path}:{line}:" in answer.output
+    assert says in answer.output
+    assert "Traceback" not in answer.output
+
+
+def test_all_mistakes_are_told_at_once(tmp_path):
+    path = tmp_path / "m.yaml"
+    path.write_text(GOOD.replace("steps: 10", "stepz: 10").replace("name: robot", "name: a/b"))
+    answer = command("status", path)
+    assert f"{path}:5:" in answer.output
+    assert f"{path}:10:" in answer.output
+
+
+TABLES = {
+    "no prompt column": ("video,name\na.mp4,x\n", 1, "no column `prompt`"),
+    "a column twice": ("video,prompt,prompt\na.mp4,x,y\n", 1, "given twice"),
+    "a short row": ("video,prompt,name\na.mp4,x,y\nb.mp4\n", 3, "has not 3 cells"),
+    "no video": ("video,prompt\n,a red ball\n", 2, "`video` is missing"),
+    "no prompt": ("video,prompt,name\na.mp4,,x\n", 2, "`prompt` is missing"),
+    "unknown column": ("video,prompt,stepz\na.mp4,x,3\n", 2, "did you mean `steps`?"),
+    "wrong value": ("video,prompt,steps\na.mp4,x,3\nb.mp4,y,many\n", 3, "got 'many'"),
+    "one name twice": ("video,prompt\na.mp4,x y\na.mp4,x-y\n", 3, "already defined"),
+}
+
+
+@pytest.mark.parametrize(("text", "line", "says"), TABLES.values(), ids=TABLES.keys())
+def test_a_mistake_in_a_table_is_told_with_its_line(tmp_path, text, line, says):
+    path = tmp_path / "m.csv"
+    path.write_text(text)
+    answer = command("status", path, "--model", "demo")
+    assert answer.exit_code == 2, answer.output
+    assert f"{path}:{line}:" in answer.output
+    assert says in answer.output
+
+
+def test_a_table_needs_a_model_and_a_manifest_has_one(tmp_path):
+    (tmp_path / "m.csv").write_text("video,prompt\na.mp4,x\n")
+    (tmp_path / "m.yaml").write_text(GOOD)
+    for answer, says in [
+        (command("status", tmp_path / "m.csv"), "give one with --model"),
+        (command("status", tmp_path / "m.yaml", "--model", "demo"), "--model is for CSV tables"),
+    ]:
+        assert answer.exit_code == 2
+        assert says in answer.output
+
+
+def test_what_only_a_run_sees_fails_that_job_alone(tmp_path, tiny_model):
+    clip(tmp_path / "good.mp4", 2)
+    (tmp_path / "text.mp4").write_text("not a video")
+    (tmp_path / "empty.mp4").touch()
+    (tmp_path / "folder.mp4").mkdir()
+    (tmp_path / "folder.mp4" / "x.mp4").symlink_to(tmp_path / "good.mp4")
+    plain = [{"name": "e", "prompt": "p"}]
+    wrong = {
+        "missing": ({"video": "missing.mp4"}, "no such file", 4),
+        "text": ({"video": "text.mp4"}, "can't be opened as a video", 4),
+        "empty": ({"video": "empty.mp4"}, "is empty", 4),
+        "odd": ({"video": "good.mp4", "resolution": [60, 60]}, "not made of multiples", 4),
+        "cut": ({"video": "good.mp4", "cuts": [7]}, "cut at frame 7 of 2 frames", 4),
+        "long": ({"video": "good.mp4", "source_prompt": "ball " * 40}, "prompt of", 3),
+        "site": ({"video": "good.mp4", "conv_site": "up_blocks.9.resnets.0"}, "up_blocks.9", 3),
+    }
+    clips = [{"name": n, **c, "edits": plain} for n, (c, _, _) in wrong.items()]
+    clips.insert(3, {"name": "good", "video": "good.mp4", "edits": plain})
+    manifest = write_manifest(tmp_path, tiny_model, clips=clips, steps=1)
+    answer = command("run", manifest, "--until", "render", "--json")
+    assert answer.exit_code == 1
+    failed = {j["clip"]: j["error"] for j in json.loads(answer.stdout)["jobs"]}
+    assert failed.pop("good") is None
+    for name, (_, says, code) in wrong.items():
+        assert failed[name]["code"] == code, name
+        assert says in failed[name]["message"]
+    assert published(tmp_path) == ["good/e.mp4"]
+    # The reasons are still there afterwards, and go once the job succeeds.
+    rows = json.loads(command("status", manifest, "--json").stdout)["jobs"]
+    assert {r["clip"]: r["error"] for r in rows} == {
+        n: failed[n]["message"] if n in failed else None for n in [r["clip"] for r in rows]
+    }
+    assert "cut/e failed: " in command("status", manifest).stdout
+    manifest.write_text(manifest.read_text().replace("- 7\n", "- 1\n"))
+    command("run", manifest, "--only", "cut", "--until", "encode")
+    rows = json.loads(command("status", manifest, "--json").stdout)["jobs"]
+    assert {r["clip"]: r["error"] for r in rows}["cut"] is None

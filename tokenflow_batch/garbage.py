@@ -1,0 +1,75 @@
+"""What may go: stage folders that no job of a manifest needs."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from tokenflow_batch.config import STAGES, Batch, StageName
+from tokenflow_batch.errors import StoreError
+from tokenflow_batch.inputs import Inputs
+from tokenflow_batch.paths import Workspace
+
+
+@dataclass(frozen=True)
+class Unneeded:
+    """A stage folder that may go.
+
+    Attributes:
+        stage: whose result it is.
+        path: the folder.
+        bytes: what removing it frees.
+    """
+
+    stage: StageName
+    path: Path
+    bytes: int
+
+
+def unneeded(batch: Batch) -> list[Unneeded]:
+    """Every stage folder of the work folder that no job of the batch needs.
+
+    Raises:
+        ModelError: the model is not on this disk.
+        StoreError: a job's folders can't be told from others because its video can't be read.
+    """
+    inputs = Inputs.of(batch, download=False)
+    needed: set[Path] = set()
+    for job, keys in zip(batch.jobs, inputs.planned_keys(), strict=True):
+        if keys is None:
+            raise StoreError(
+                f"{job.video} can't be read, so which results are {job.name}'s is not known",
+                hint=f"bring it back, or take the clip out of the manifest ({job.where})",
+            )
+        needed |= {inputs.workspace.stage(stage, key.key) for stage, key in keys.items()}
+    found: list[Unneeded] = []
+    for stage in STAGES:
+        root = inputs.workspace.work / stage
+        there = sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
+        found += [Unneeded(stage, path, _size(path)) for path in there if path not in needed]
+    return found
+
+
+def remove(workspace: Workspace, item: Unneeded) -> bool:
+    """Remove a folder; False where another process works in it."""
+    key = item.path.name.removesuffix(".removed")
+    lock = FileLock(workspace.lock(item.stage, key), timeout=0)
+    try:
+        with lock:
+            aside = item.path.with_name(f"{key}.removed")
+            if item.path != aside:
+                shutil.rmtree(aside, ignore_errors=True)
+                item.path.rename(aside)  # first, so that a kill leaves no half of it
+            shutil.rmtree(aside)
+    except Timeout:
+        return False
+    except OSError as error:
+        raise StoreError(f"{item.path}: can't be removed: {error.strerror}") from None
+    return True
+
+
+def _size(path: Path) -> int:
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())

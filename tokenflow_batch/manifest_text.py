@@ -1,0 +1,121 @@
+"""A manifest's text: YAML or JSON with the line of every node, and what is wrong with it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tokenflow_batch.errors import ManifestError
+
+Where = tuple[str | int, ...]
+"""Keys and positions from the top to a node."""
+
+_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast where it is built
+
+
+@dataclass(frozen=True)
+class Text:
+    """A manifest's data with the line of every node."""
+
+    path: Path
+    root: yaml.Node | None
+    raw: Any
+    lines: Mapping[Where, int] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, path: Path) -> Text:
+        """Read a file.
+
+        Raises:
+            ManifestError: it is not there, no YAML, no mapping, or gives a key twice.
+        """
+        try:
+            text = path.read_text(encoding="utf-8")
+            root = yaml.compose(text, Loader=_Loader)
+            raw = yaml.load(text, Loader=_Loader)  # noqa: S506 - a safe loader
+        except FileNotFoundError:
+            raise ManifestError(f"{path}: no such manifest") from None
+        except yaml.MarkedYAMLError as error:
+            mark = error.problem_mark or error.context_mark
+            line = mark.line + 1 if mark else 1
+            raise ManifestError(f"{path}:{line}: not valid YAML: {error.problem}") from None
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise ManifestError(f"{path}: can't be read: {error}") from None
+        if not isinstance(root, yaml.MappingNode):
+            raise ManifestError(f"{path}:1: a manifest is a mapping: version, model, clips")
+        _refuse_duplicate_keys(path, root)
+        return cls(path, root, raw)
+
+    def line(self, where: Where) -> int:
+        """The line of the innermost part of `where` that exists."""
+        if self.root is None:  # a table: lines of whole clips and edits
+            known = (self.lines.get(where[:n]) for n in range(len(where), 0, -1))
+            return next((line for line in known if line is not None), 1)
+        node, line = self.root, self.root.start_mark.line
+        for part in where:
+            if isinstance(node, yaml.MappingNode):
+                pairs: Mapping[str, tuple[yaml.Node, yaml.Node]]
+                pairs = {key.value: (key, value) for key, value in node.value}
+            elif isinstance(node, yaml.SequenceNode):
+                pairs = {str(i): (value, value) for i, value in enumerate(node.value)}
+            else:
+                break
+            if str(part) not in pairs:
+                break
+            key, node = pairs[str(part)]
+            line = key.start_mark.line
+        return line + 1
+
+
+def _refuse_duplicate_keys(path: Path, root: yaml.Node) -> None:
+    """YAML keeps the last of two equal keys without a word: an edit would be lost."""
+    waiting, visited = [root], set[int]()
+    while waiting:
+        node = waiting.pop()
+        if id(node) not in visited:  # an anchor may stand in many places, even in itself
+            visited.add(id(node))
+            waiting += _unique_children(path, node)
+
+
+def _unique_children(path: Path, node: yaml.Node) -> list[yaml.Node]:
+    children = node.value if isinstance(node, yaml.SequenceNode) else []
+    if isinstance(node, yaml.MappingNode):
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                line = key.start_mark.line + 1
+                raise ManifestError(f"{path}:{line}: `{key.value}` is given twice")
+            seen.add(key.value)
+        children = [value for _, value in node.value]
+    return children
+
+
+@dataclass
+class Problems:
+    """Collects everything that is wrong before saying so."""
+
+    text: Text
+    lines: list[str] = field(default_factory=list)
+
+    def add(self, where: Where, message: str) -> None:
+        """Something is wrong at a node."""
+        dotted = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in where).lstrip(".")
+        self.say(f"{self.text.path}:{self.text.line(where)}: {dotted}: {message}")
+
+    def say(self, line: str) -> None:
+        """Add a whole line, once."""
+        if line not in self.lines:
+            self.lines.append(line)
+
+    def stop(self) -> None:
+        """Go no further if anything was wrong.
+
+        Raises:
+            ManifestError: naming all of it.
+        """
+        if self.lines:
+            raise ManifestError("\n".join(self.lines), hint="docs/manifest.md lists every key")
