@@ -18,15 +18,20 @@ COMMAND = Path(sys.executable).with_name("tokenflow-batch")
 
 
 def hub(model):
-    """The three answers of a model hub that a download needs."""
+    """The few answers of a model hub that a download needs."""
 
     class Hub(BaseHTTPRequestHandler):
         def do_GET(self):
+            files = {str(p.relative_to(model)): p for p in model.rglob("*") if p.is_file()}
             if self.path.startswith(f"/api/models/{REPO}/revision/"):
-                names = [str(p.relative_to(model)) for p in model.rglob("*") if p.is_file()]
-                listed = [{"rfilename": name} for name in names]
-                answer = {"id": REPO, "sha": COMMIT, "siblings": listed}
-                self.answer(json.dumps(answer).encode(), "application/json")
+                listed = [{"rfilename": name} for name in files]
+                self.answer_json({"id": REPO, "sha": COMMIT, "siblings": listed})
+                return
+            if self.path.startswith(f"/api/models/{REPO}/tree/{COMMIT}"):
+                sizes = {name: path.stat().st_size for name, path in files.items()}
+                self.answer_json(
+                    [{"type": "file", "path": n, "size": s, "oid": n} for n, s in sizes.items()]
+                )
                 return
             file = model / self.path.partition(f"/resolve/{COMMIT}/")[2]
             if f"/{REPO}/resolve/" in self.path and file.is_file():
@@ -35,6 +40,9 @@ def hub(model):
                 self.send_error(404)
 
         do_HEAD = do_GET  # noqa: N815 - the library's name
+
+        def answer_json(self, value):
+            self.answer(json.dumps(value).encode(), "application/json")
 
         def answer(self, data, kind):
             self.send_response(200)
@@ -85,7 +93,7 @@ def test_what_is_fetched_serves_a_machine_without_a_network(endpoint, tiny_model
     first = call("fetch", manifest, cache=cache, HF_ENDPOINT=endpoint)
     assert first.returncode == 0, first.stderr
     folder = Path(first.stdout.strip().removeprefix(f"{REPO}: "))
-    for name in ("unet/diffusion_pytorch_model.safetensors", "tokenizer/vocab.json"):
+    for name in ("unet/diffusion_pytorch_model.safetensors", "tokenizer/tokenizer.json"):
         assert (folder / name).read_bytes() == (tiny_model / name).read_bytes()
     assert not (folder / "unet" / "pickled.bin").exists()
     lost = folder / "vae" / "diffusion_pytorch_model.safetensors"
