@@ -13,7 +13,7 @@ from jobs import clip, command, published, run_one, write_manifest
 from tokenflow_batch.config import STAGES
 
 COMMAND = Path(sys.executable).with_name("tokenflow-batch")
-HEAVY = ("torch", "diffusers", "transformers", "zarr", "av", "cv2", "faiss")
+HEAVY = ("torch", "numpy", "diffusers", "transformers", "zarr", "av", "cv2", "faiss")
 
 IMPORTS = """
 import sys
@@ -47,7 +47,7 @@ def manifest(tmp_path_factory, tiny_model):
     return write_manifest(folder, tiny_model, steps=1)
 
 
-@pytest.mark.parametrize("name", ["", "run", *STAGES, "status", "demo"])
+@pytest.mark.parametrize("name", ["", "run", *STAGES, "plan", "status", "gc", "schema", "demo"])
 def test_help_loads_nothing_heavy(name):
     found, said = imported(*([name] if name else []), "--help")
     assert found == "0 []"
