@@ -13,7 +13,7 @@ from jobs import clip, command, published, run_one, write_manifest
 from tokenflow_batch.config import STAGES
 
 COMMAND = Path(sys.executable).with_name("tokenflow-batch")
-HEAVY = ("torch", "diffusers", "transformers", "zarr", "av", "cv2", "faiss")
+HEAVY = ("torch", "numpy", "diffusers", "transformers", "zarr", "av", "cv2", "faiss")
 
 IMPORTS = """
 import sys
@@ -47,7 +47,10 @@ def manifest(tmp_path_factory, tiny_model):
     return write_manifest(folder, tiny_model, steps=1)
 
 
-@pytest.mark.parametrize("name", ["", "run", *STAGES, "status", "demo", "submit", "fetch"])
+@pytest.mark.parametrize(
+    "name",
+    ["", "run", *STAGES, "plan", "status", "gc", "schema", "submit", "fetch", "demo"],
+)
 def test_help_loads_nothing_heavy(name):
     found, said = imported(*([name] if name else []), "--help")
     assert found == "0 []"
@@ -141,7 +144,9 @@ def test_output_and_work_folder_can_be_given(manifest, tmp_path):
     (job,) = json.loads(answer.stdout)["jobs"]
     assert job["outputs"][0] == str(tmp_path / "o" / "clip" / "blue.mp4")
     assert all(Path(path).is_file() for path in job["outputs"])
-    assert sorted(p.name for p in (tmp_path / "w").iterdir() if p.is_dir()) == sorted(STAGES)
+    assert sorted(p.name for p in (tmp_path / "w").iterdir() if p.is_dir()) == sorted(
+        ["logs", *STAGES]
+    )
     assert not (tmp_path / "o" / ".work").exists()
 
 
@@ -177,7 +182,7 @@ def two_by_two(tmp_path_factory, tiny_model):
     """Two clips with two edits each; the second clip's file is broken."""
     folder = tmp_path_factory.mktemp("jobs")
     clip(folder / "wolf.mp4", 2)
-    (folder / "bear.mp4").write_bytes(b"no video")
+    (folder / "bear.mp4").write_bytes(b"no video" * 10_000)
     edits = [{"name": n, "prompt": f"a {n} ball"} for n in ("blue", "red")]
     clips = [{"video": f"{n}.mp4", "edits": edits} for n in ("bear", "wolf")]
     return write_manifest(folder, tiny_model, clips=clips, steps=1)

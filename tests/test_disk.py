@@ -97,8 +97,8 @@ def test_a_new_edit_computes_what_it_needs_again(manifest, tiny_model):
         raise run(manifest, ("edit",))[1].error
     first, second = run(manifest)
     assert first.error is second.error is None
-    assert first.ran == []
-    assert second.ran == list(STAGES)
+    assert first.ran + second.ran == list(STAGES)  # whichever comes first, each once
+    assert {"edit", "render", "report"} <= set(second.ran)
     assert freed(manifest) == ["edit"]
     folder_of(manifest, "render").forget("video")  # the first edit is wanted once more
     assert run(manifest)[0].ran == ["edit", "render"]
@@ -120,7 +120,7 @@ def test_what_another_job_needs_stays(tmp_path, tiny_model, caplog):
 
 
 def test_what_was_done_first_goes_first(tmp_path, tiny_model, caplog):
-    for name, frames in (("first", 2), ("last", 3)):
+    for name, frames in (("first", 3), ("last", 2)):
         clip(tmp_path / f"{name}.mp4", frames)
     manifest = write_manifest(tmp_path, tiny_model, clips=CLIPS, steps=1)
     assert [r.error for r in run(manifest, disk_budget=10**12)] == [None, None]

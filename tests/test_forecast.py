@@ -90,7 +90,8 @@ def test_once_measured_all_bytes_are_those_of_the_run(batch, tmp_path):
     answer = command("run", other, "--workdir", work, "--json")
     assert answer.exit_code == 0
     grown = size_of(work) - done + size_of(tmp_path / "other")
-    assert again["disk"]["bytes"] == pytest.approx(grown, rel=0.05)
+    # Such short clips are mostly contact sheets, whose size follows from the picture.
+    assert again["disk"]["bytes"] == pytest.approx(grown, rel=0.1)
 
 
 def test_shared_work_is_counted_once_even_under_two_names(batch):

@@ -93,7 +93,7 @@ MISTAKES = {
     "matrix with an unknown key": (
         "prompt: a robot",
         "matrix: {prompt: [a], x: [1]}",
-        11,
+        10,
         "unknown",
     ),
 }
