@@ -98,8 +98,8 @@ def _plan(folder: StageFolder, chunk: Chunk, kept: Sequence[bool]) -> list[bool]
     for i in reversed(range(len(kept))):
         unit = unit_name("invert", (i, chunk.index))
         there = folder.available(unit)
-        if there and not kept[i] and not following:
-            folder.drop(unit)  # a killed process may not have come to it
+        if not kept[i] and not following:
+            folder.drop(unit)  # a killed process may not have come to it, or not to the end
         needed[i] = following = not there and (kept[i] or following)
         if following and folder.committed(unit):
             folder.forget(unit)  # dropped, and needed once more
