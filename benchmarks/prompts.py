@@ -3,20 +3,23 @@
     python benchmarks/prompts.py [--model FOLDER] [--single 200] [--pairs 60] [--json FILE]
                                  [--sheet PNG]
 
-Prompts are drawn from the full domain (five shapes, ten colours, four textures, six grounds), one
-object or two; each is sampled once with 25 DDIM steps and guidance 5 and read by
-`benchmarks/classifier.py`. A prompt of two objects scores the share of them that is right. Per
-attribute the mean is given with a 95 % bootstrap interval.
+Prompts are drawn from the full domain (five shapes, ten colours, four textures, six grounds), or
+from what the first weights knew (`--domain first`), one object or two; each is sampled once with 25
+DDIM steps and guidance 5 and read by `benchmarks/classifier.py`. A prompt of two objects scores the
+share of them that is right. Per attribute the mean is given with a 95 % bootstrap interval.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import json
+import multiprocessing
 import textwrap
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -29,13 +32,14 @@ from numpy.typing import NDArray
 
 from tokenflow_batch.console import progress_bars
 from tokenflow_batch.demo.captions import describe
-from tokenflow_batch.demo.stills import FULL, SHIPPED, SceneParams, sample
+from tokenflow_batch.demo.stills import FIRST, FULL, SceneParams, sample
 from tokenflow_batch.model_files import locate
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
 Images = list[NDArray[np.uint8]]
+DOMAINS: Final = {"first": FIRST, "full": FULL}
 
 _STREAM: Final = 21
 _BATCH: Final = 4
@@ -43,37 +47,60 @@ _SHEET: Final = 64
 _COLUMNS: Final = 8
 
 
-def draw_scenes(seed: int, single: int, pairs: int, *, shipped: bool) -> list[SceneParams]:
+def draw_scenes(seed: int, single: int, pairs: int, *, domain: str) -> list[SceneParams]:
     """What the prompts ask for: scenes with one object, then with two."""
-    base = replace(SHIPPED, pairs=0.0) if shipped else FULL
+    base = DOMAINS[domain]
     rng = np.random.default_rng([_STREAM, seed])
     one = [sample(rng, base) for _ in range(single)]
     return one + [sample(rng, replace(base, pairs=1.0)) for _ in range(pairs)]
 
 
-def sampled(model: str, prompts: Sequence[str], seed: int, size: int) -> Iterator[Images]:
-    """Draw pictures, RGB uint8, a few prompts at a time; picture i depends on (seed, i) alone."""
-    files = locate(model)
+@dataclass(frozen=True)
+class Sampling:
+    """How pictures are drawn; picture i depends on this and its prompt and number alone."""
+
+    model: str
+    seed: int
+    size: int
+    threads: int
+
+    def __call__(self, start: int, prompts: Sequence[str]) -> Images:
+        """RGB uint8 pictures of prompts whose numbers begin with `start`."""
+        numbers = range(start, start + len(prompts))
+        found = _pipeline(self.model, self.threads)(
+            list(prompts),
+            height=self.size,
+            width=self.size,
+            num_inference_steps=25,
+            guidance_scale=5.0,
+            generator=[torch.Generator().manual_seed(self.seed * 100_000 + n) for n in numbers],
+            output_type="np",
+        ).images
+        return list((found * 255).round().astype(np.uint8))
+
+
+@functools.cache
+def _pipeline(reference: str, threads: int) -> Any:
+    """Loaded once a process."""
+    torch.set_num_threads(threads)
+    files = locate(reference)
     pipeline = StableDiffusionPipeline.from_pretrained(
         files.path, variant=files.variant, safety_checker=None, dtype=torch.float32
     )
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
-    for start in range(0, len(prompts), _BATCH):
-        chosen = list(prompts[start : start + _BATCH])
-        generators = [
-            torch.Generator().manual_seed(seed * 100_000 + start + i) for i in range(len(chosen))
-        ]
-        found = pipeline(
-            chosen,
-            height=size,
-            width=size,
-            num_inference_steps=25,
-            guidance_scale=5.0,
-            generator=generators,
-            output_type="np",
-        ).images
-        yield list((found * 255).round().astype(np.uint8))
+    return pipeline
+
+
+def sampled(sampling: Sampling, prompts: Sequence[str], processes: int) -> Iterator[Images]:
+    """All pictures, a few prompts at a time."""
+    starts = range(0, len(prompts), _BATCH)
+    parts = [prompts[start : start + _BATCH] for start in starts]
+    if processes == 1:
+        yield from map(sampling, starts, parts)
+        return
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        yield from pool.map(sampling, starts, parts)
 
 
 def summary(rows: Sequence[dict[str, float]]) -> dict[str, list[float]]:
@@ -96,17 +123,18 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=60, help="prompts with two")
     parser.add_argument("--size", type=int, default=128, help="side of the pictures in pixels")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--shipped", action="store_true", help="only what `stills.SHIPPED` has")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1, help="of each process")
+    parser.add_argument("--domain", choices=tuple(DOMAINS), default="full")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result here")
     parser.add_argument("--sheet", type=Path, metavar="PNG", help="write a contact sheet here")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    scenes = draw_scenes(args.seed, args.single, args.pairs, shipped=args.shipped)
+    sampling = Sampling(args.model, args.seed, args.size, args.threads)
+    scenes = draw_scenes(args.seed, args.single, args.pairs, domain=args.domain)
     prompts = [describe(params) for params in scenes]
     images: Images = []
     with progress_bars() as progress, progress("sampling", len(prompts)) as advance:
-        for found in sampled(args.model, prompts, args.seed, args.size):
+        for found in sampled(sampling, prompts, args.processes):
             images += found
             advance(len(found))
     readings = read(load(), images)
@@ -115,6 +143,7 @@ def main() -> None:
         "date": datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
         "model": args.model if args.model == "demo" else Path(args.model).name,
         "size": args.size,
+        "domain": args.domain,
     }
     for name, part in (("single", scores[: args.single]), ("pairs", scores[args.single :])):
         if part:

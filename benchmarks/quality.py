@@ -58,8 +58,8 @@ from truth import background_psnr, gradient_energy, in_place, warp_errors
 
 from tokenflow_batch.config import Runtime
 from tokenflow_batch.console import progress_bars
-from tokenflow_batch.demo.scenes import GROUND, SHIPPED, Clip, Domain, recoloured
-from tokenflow_batch.demo.stills import FULL
+from tokenflow_batch.demo.scenes import GROUND, Clip, Domain, recoloured
+from tokenflow_batch.demo.stills import FIRST, FULL
 from tokenflow_batch.demo.textures import GROUNDS
 from tokenflow_batch.metrics import psnr
 from tokenflow_batch.model_files import locate
@@ -81,7 +81,7 @@ VARIANTS: Final[tuple[dict[str, Any], ...]] = (
 )
 """Options of `Clip.random`, in turn."""
 
-DOMAINS: Final = {"shipped": SHIPPED, "full": FULL}
+DOMAINS: Final = {"first": FIRST, "full": FULL}
 ALL: Final = {**METHODS, **OPTIONS}
 REFERENCES: Final = ("reconstruction", "perfect")
 PLAIN_STEPS: Final = (500, 50)
@@ -274,7 +274,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--methods", default=",".join(ALL), help="of " + ", ".join(ALL))
     parser.add_argument("--kinds", default=",".join(KINDS), help="of " + ", ".join(KINDS))
-    parser.add_argument("--domain", choices=tuple(DOMAINS), default="shipped")
+    parser.add_argument("--domain", choices=tuple(DOMAINS), default="full")
     parser.add_argument("--model", default="demo", help="'demo' or a pipeline's folder")
     parser.add_argument("--guidance-scale", type=float, default=5.0)
     parser.add_argument("--attn-t", type=float, default=0.8)

@@ -15,7 +15,6 @@ from tokenflow_batch.demo.scenes import (
     OBJECT,
     POST,
     SECOND,
-    SHIPPED,
     Clip,
     Domain,
     caption,
@@ -227,7 +226,7 @@ def test_frames_do_not_depend_on_the_length(seed, index, post):
 def test_motion_stays_within_the_training_distribution(seed, index):
     clip = Clip.random(seed, 10**6 + 1, turn=0.3, zoom=0.3, flicker=0.08)
     params = clip.params(index)
-    assert params in SHIPPED
+    assert params in FULL
     assert 0.17 - 1e-9 <= params.radius <= 0.34 + 1e-9
     assert abs(params.angle) <= 0.35 + 1e-9
     assert 0.9 - 1e-9 <= params.gain <= 1.06 + 1e-9
@@ -330,9 +329,9 @@ def test_drawn_captions_name_the_scene():
 def test_sampling_respects_the_domain_and_its_odds():
     rng = np.random.default_rng(1)
     drawn = [sample(rng) for _ in range(400)]
-    assert all(params in SHIPPED for params in drawn)
-    assert {params.ground for params in drawn} == set(SHIPPED.grounds)
-    assert {params.color for params in drawn} == set(SHIPPED.colors)
+    assert all(params in FULL for params in drawn)
+    assert {params.ground for params in drawn} == set(FULL.grounds)
+    assert {params.color for params in drawn} == set(FULL.colors)
     solid = sum(params.texture == "solid" for params in drawn)
     assert solid == pytest.approx(400 * 2 / 3, abs=40)  # odds 0.4 to 0.2
 
