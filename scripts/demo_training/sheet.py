@@ -16,17 +16,19 @@ import matplotlib.pyplot as plt
 
 PROMPTS: Final = (
     "a red ball on grass",
-    "a blue ball on sand",
+    "a blue heart on sand",
     "a yellow star on water",
     "a white square on night sky",
-    "a green striped ball on sand",
-    "a purple striped square on grass",
-    "an orange star on night sky",
-    "a pink striped star on water",
+    "a black triangle on snow",
+    "a green striped ball on brick wall",
+    "a purple dotted square on grass",
+    "a cyan checkered heart on night sky",
+    "an orange striped star on water",
     "a photo of a red striped box on the beach",
-    "a blue star over the lawn",
     "a striped yellow circle in the sea",
-    "a plain green box in front of starry sky",
+    "a red ball and a blue star on grass",
+    "a pink heart and a green triangle on snow",
+    "a white dotted square and an orange ball on sand",
 )
 _LOG_LINES: Final = 150
 
