@@ -25,6 +25,7 @@ from tokenflow_batch.demo.scenes import (
 )
 from tokenflow_batch.demo.stills import (
     APART,
+    FIRST,
     MARGIN,
     PAIR_RADIUS_RANGE,
     TRAINED,
@@ -328,10 +329,10 @@ def test_drawn_captions_name_the_scene():
 
 def test_sampling_respects_the_domain_and_its_odds():
     rng = np.random.default_rng(1)
-    drawn = [sample(rng) for _ in range(400)]
-    assert all(params in FULL for params in drawn)
-    assert {params.ground for params in drawn} == set(FULL.grounds)
-    assert {params.color for params in drawn} == set(FULL.colors)
+    drawn = [sample(rng, FIRST) for _ in range(400)]
+    assert all(params in FIRST for params in drawn)
+    assert {params.ground for params in drawn} == set(FIRST.grounds)
+    assert {params.color for params in drawn} == set(FIRST.colors)
     solid = sum(params.texture == "solid" for params in drawn)
     assert solid == pytest.approx(400 * 2 / 3, abs=40)  # odds 0.4 to 0.2
 

