@@ -2,6 +2,9 @@
 
     python benchmarks/quality.py [--scenes 8] [--frames 24] [--seed 0] [--json FILE] [--sheets DIR]
 
+8 scenes take some 35 minutes on two cores. Options (`options.py`) are measured on the first
+`--option-scenes` only, the methods on all.
+
 Generated clips with exact masks, flow and occlusions, each with one edit: colour, texture or ground
 in turn, on plain motion and on harder scenes (light that changes, a post in front, two objects,
 zoom and rotation, ground that repeats). Every method starts from the same inverted latents (25
@@ -53,7 +56,17 @@ from methods import (
 )
 from numpy.typing import NDArray
 from options import OPTIONS, endpoint_errors
-from tables import Row, endpoint_means, mean, means, plain, print_table, ratios
+from tables import (
+    Row,
+    bounds,
+    endpoint_means,
+    mean,
+    means,
+    plain,
+    print_bounds,
+    print_table,
+    ratios,
+)
 from truth import background_psnr, gradient_energy, in_place, warp_errors
 
 from tokenflow_batch.config import Runtime
@@ -88,6 +101,7 @@ PLAIN_STEPS: Final = (500, 50)
 """Inversion and sampling steps of the published code."""
 
 _PLAIN_FRAMES: Final = 4
+_JUDGED: Final = ("per_frame", "official", "default")
 _DIAGNOSED: Final = (0, 8, 16, 24)
 """Sampling steps whose correspondences are compared with the flow."""
 
@@ -229,12 +243,18 @@ class Options:
     domain: str
     kinds: tuple[str, ...]
     methods: tuple[str, ...]
+    option_scenes: int
     thresholds: Thresholds
     sheets: Path | None
 
     def scene(self, number: int) -> Scene:
         """The `number`-th."""
         return draw_scene(number, self.seed, self.frames, DOMAINS[self.domain], self.kinds)
+
+    def measured(self, number: int) -> dict[str, Method]:
+        """What the `number`-th scene is edited with."""
+        kept = self.methods if number < self.option_scenes else set(self.methods) - set(OPTIONS)
+        return {name: ALL[name] for name in self.methods if name in kept}
 
 
 @functools.cache
@@ -247,7 +267,7 @@ def _tools(reference: str, threads: int) -> tuple[Model, Classifier]:
 def measure(number: int, options: Options) -> dict[str, Any]:
     """One scene, from drawing it to its contact sheet."""
     model, classifier = _tools(options.model, options.threads)
-    scene, methods = options.scene(number), {name: ALL[name] for name in options.methods}
+    scene, methods = options.scene(number), options.measured(number)
     measured, videos = run_scene(model, scene, methods, options.thresholds, classifier)
     if options.sheets:
         options.sheets.mkdir(parents=True, exist_ok=True)
@@ -273,6 +293,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--frames", type=int, default=24)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--methods", default=",".join(ALL), help="of " + ", ".join(ALL))
+    parser.add_argument("--option-scenes", type=int, default=1, help="that options are measured on")
     parser.add_argument("--kinds", default=",".join(KINDS), help="of " + ", ".join(KINDS))
     parser.add_argument("--domain", choices=tuple(DOMAINS), default="full")
     parser.add_argument("--model", default="demo", help="'demo' or a pipeline's folder")
@@ -303,6 +324,7 @@ def main() -> None:
         args.domain,
         tuple(args.kinds.split(",")),
         tuple(args.methods.split(",")),
+        args.option_scenes,
         Thresholds(args.guidance_scale, args.attn_t, args.f_t),
         args.sheets,
     )
@@ -321,6 +343,8 @@ def main() -> None:
         args.json.write_text(json.dumps(plain(report), indent=1) + "\n", encoding="utf-8")
     print_table(report["means"])
     print(json.dumps(plain({"inversion": report["inversion"]}), indent=1))
+    if report["bounds"]:
+        print_bounds(report["bounds"])
     for name, found in report["ratios"].items():
         print(f"{name}: {found['ratio']:.3f} [{found['low']:.3f}, {found['high']:.3f}]")
 
@@ -331,13 +355,15 @@ def summary(
     """Means, ratios, inversion and end-point errors over all scenes."""
     names = [*options.methods, *REFERENCES]
     model, _ = _tools(options.model, options.threads)
+    inversion = {
+        "mean": mean([s["inversion"]["mean"] for s in scenes]),
+        "worst_frame": min(s["inversion"]["worst"] for s in scenes),
+        "first_scene": compare_inversions(model, options.scene(0)) if plain_inversion else None,
+    }
     return {
         "means": means(scenes, names),
-        "inversion": {
-            "mean": mean([s["inversion"]["mean"] for s in scenes]),
-            "worst_frame": min(s["inversion"]["worst"] for s in scenes),
-            "first_scene": compare_inversions(model, options.scene(0)) if plain_inversion else None,
-        },
+        "inversion": inversion,
+        "bounds": bounds(scenes, inversion) if set(_JUDGED) <= set(options.methods) else [],
         "endpoint_error": endpoint_means(scenes),
         "by_kind": {
             kind: means([s for s in scenes if s["kind"] == kind], names)

@@ -16,14 +16,14 @@ Row = dict[str, float]
 
 
 def means(scenes: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, Row]:
-    """Mean over scenes per method and figure; scenes without the figure are left out."""
-    return {
-        name: {
-            key: mean([scene["rows"][name][key] for scene in scenes])
-            for key in scenes[0]["rows"][name]
-        }
-        for name in names
-    }
+    """Mean over scenes per method and figure; scenes without it are left out, `scenes` counts."""
+    table = {}
+    for name in names:
+        rows = [scene["rows"][name] for scene in scenes if name in scene["rows"]]
+        if rows:
+            table[name] = {key: mean([row[key] for row in rows]) for key in rows[0]}
+            table[name]["scenes"] = float(len(rows))
+    return table
 
 
 def mean(values: Sequence[float]) -> float:
@@ -33,8 +33,14 @@ def mean(values: Sequence[float]) -> float:
 
 
 def ratio(scenes: Sequence[dict[str, Any]], key: str, above: str, below: str) -> dict[str, float]:
-    """Ratio of two methods' means over scenes, its paired bootstrap interval, the worst scene."""
-    pairs = np.array([[s["rows"][above][key], s["rows"][below][key]] for s in scenes])
+    """Ratio of two methods' means over scenes, its paired bootstrap interval, extreme scenes."""
+    pairs = np.array(
+        [
+            [s["rows"][above][key], s["rows"][below][key]]
+            for s in scenes
+            if above in s["rows"] and below in s["rows"]
+        ]
+    )
     drawn = np.random.default_rng(0).integers(len(pairs), size=(5000, len(pairs)))
     sums = pairs[drawn].sum(axis=1)
     low, high = np.quantile(sums[:, 0] / sums[:, 1], (0.025, 0.975))
@@ -43,20 +49,78 @@ def ratio(scenes: Sequence[dict[str, Any]], key: str, above: str, below: str) ->
         "ratio": float(total[0] / total[1]),
         "low": float(low),
         "high": float(high),
+        "least_scene": float((pairs[:, 0] / pairs[:, 1]).min()),
         "worst_scene": float((pairs[:, 0] / pairs[:, 1]).max()),
+        "scenes": len(pairs),
     }
 
 
 def ratios(scenes: Sequence[dict[str, Any]], methods: Sequence[str]) -> dict[str, Any]:
-    """Every method's warp error and sharpness against per-frame PnP's and the published mode's."""
+    """Warp error and sharpness of every method against per-frame PnP, published mode, default."""
     return {
         f"{key}: {above} / {below}": ratio(scenes, key, above, below)
-        for below in ("per_frame", "official")
+        for below in ("per_frame", "official", "default")
         if below in methods
         for above in methods
-        if above != below
+        if above != below and any(above in s["rows"] for s in scenes)
         for key in ("warp_all", "warp_object", "warp_ground", "gradient")
     }
+
+
+def bounds(scenes: Sequence[dict[str, Any]], inversion: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What the default method must reach, each with its figure and whether it holds.
+
+    Args:
+        scenes: with rows of `per_frame`, `official` and `default`.
+        inversion: `mean` in dB, and `first_scene` where it was compared with plain steps.
+    """
+    colour = [s for s in scenes if s["kind"] == "color"]
+    local = [s for s in scenes if s["kind"] in ("color", "texture")]
+    against = ratio(scenes, "warp_all", "default", "official")
+    found = [
+        _at_most("warp error, default / official", against["ratio"], 1.05),
+        _at_most("the same, worst scene", against["worst_scene"], 1.2),
+    ]
+    if colour:
+        ground, whole = (
+            ratio(colour, key, "default", "per_frame") for key in ("warp_ground", "warp_all")
+        )
+        found += [
+            _at_most("colour edits: warp error of ground, / per frame", ground["ratio"], 0.35),
+            _at_most("colour edits: warp error, / per frame", whole["ratio"], 0.6),
+        ]
+    sharp = ratio(scenes, "gradient", "default", "per_frame")
+    found.append(_at_least("gradient energy in the mask, / per frame", sharp["ratio"], 0.9))
+    if local:
+        both = means(local, ("default", "per_frame"))
+        gain = both["default"]["background"] - both["per_frame"]["background"]
+        found += [
+            _at_least("success of colour and texture edits", both["default"]["success"], 0.95),
+            _at_least("background PSNR, default - per frame, dB", gain, 1.0),
+        ]
+    found.append(_at_least("inversion 25 x 1, dB", inversion["mean"], 45.0))
+    if inversion.get("first_scene"):
+        fixed, plain_steps = (row["mean"] for row in inversion["first_scene"].values())
+        found.append(_at_least("the same, less 500 plain steps'", fixed - plain_steps, 0))
+    return found
+
+
+def _at_most(what: str, value: float, bound: float) -> dict[str, Any]:
+    return {"what": what, "value": value, "bound": f"<= {bound:g}", "holds": value <= bound}
+
+
+def _at_least(what: str, value: float, bound: float) -> dict[str, Any]:
+    return {"what": what, "value": value, "bound": f">= {bound:g}", "holds": value >= bound}
+
+
+def print_bounds(found: Sequence[Mapping[str, Any]]) -> None:
+    """One row per bound."""
+    shown = Table("must hold", "bound", "measured", "")
+    for row in found:
+        shown.add_row(
+            row["what"], row["bound"], f"{row['value']:.3f}", "yes" if row["holds"] else "NO"
+        )
+    Console().print(shown)
 
 
 def endpoint_means(scenes: Sequence[dict[str, Any]]) -> dict[str, Row]:

@@ -15,6 +15,7 @@ from tokenflow_batch.tokenflow.attention import tokenflow_hooks
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import methods
 import options
+import tables
 import truth
 
 
@@ -121,3 +122,39 @@ def test_blur_lowers_gradient_energy_and_background_psnr_ignores_the_object():
     painted = frame.copy()
     painted[mask] = 0
     assert truth.background_psnr(painted, frame, mask) == np.inf
+
+
+def scene_row(kind, default, official, per_frame):
+    """A measured scene with these whole-frame warp errors and otherwise equal figures."""
+    rest = {"warp_ground": 1.0, "gradient": 1.0, "success": 1.0, "background": 20.0}
+    values = {"default": default, "official": official, "per_frame": per_frame}
+    rows = {name: {**rest, "warp_all": value} for name, value in values.items()}
+    rows["default"] = {**rows["default"], "warp_ground": 0.3, "background": 22.0}
+    return {"kind": kind, "rows": rows}
+
+
+def verdicts(scenes):
+    """By the first word of what is asked and its bound."""
+    found = tables.bounds(scenes, {"mean": 45.5, "first_scene": None})
+    return {row["what"]: row["holds"] for row in found}
+
+
+def test_bounds_are_judged_in_the_mean_and_in_the_worst_scene():
+    good = [scene_row("color", 1, 1.2, 2.5), scene_row("texture", 1, 1.0, 9)]
+    assert all(verdicts(good).values())
+    one_bad = [*good, scene_row("ground", 1.3, 1.0, 9), scene_row("ground", 1, 1.2, 9)]
+    assert [what for what, holds in verdicts(one_bad).items() if not holds] == [
+        "the same, worst scene"
+    ]
+    # Only colour edits count against per-frame editing of the whole frame.
+    assert not verdicts([scene_row("color", 1, 1.2, 1.5)])["colour edits: warp error, / per frame"]
+
+
+def test_options_are_measured_on_the_first_scenes_alone():
+    scenes = [scene_row("color", 1, 1, 2), scene_row("color", 2, 2, 4)]
+    scenes[0]["rows"]["gate"] = {**scenes[0]["rows"]["default"], "warp_all": 0.5}
+    table = tables.means(scenes, ["default", "gate", "soft"])
+    assert table["default"]["warp_all"] == 1.5
+    assert (table["gate"]["warp_all"], table["gate"]["scenes"]) == (0.5, 1)
+    assert "soft" not in table
+    assert tables.ratio(scenes, "warp_all", "gate", "default")["ratio"] == 0.5
