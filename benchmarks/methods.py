@@ -239,23 +239,27 @@ def per_frame(denoiser: Denoiser, hooks: Hooks, now: Moment, x: Tensor) -> Tenso
 
 
 @dataclass
-class _Inputs:
-    """A window's inputs out of memory."""
+class Inputs:
+    """A window's inputs out of memory: see `WindowInputs`."""
 
     now: Moment
     x: Tensor
     index: list[Tensor]
 
     def latents(self, frames: Sequence[int]) -> Tensor:
+        """See `WindowInputs.latents`."""
         return self.x[list(frames)]
 
     def source(self, frames: Sequence[int]) -> Tensor:
+        """See `WindowInputs.source`."""
         return self.now.source[list(frames)]
 
     def conv(self, frames: Sequence[int]) -> Tensor:
+        """See `WindowInputs.conv`."""
         return self.now.conv[list(frames)]
 
     def correspondences(self, frames: Sequence[int]) -> list[Tensor]:
+        """See `WindowInputs.correspondences`."""
         return [field_F2L[list(frames)] for field_F2L in self.index]
 
 
@@ -298,7 +302,7 @@ class TokenFlow:
         return predict_window(
             denoiser,
             hooks,
-            _Inputs(now, x, index),
+            Inputs(now, x, index),
             now.prompts,
             settings,
             step=now.step,
