@@ -95,9 +95,9 @@ def unet(
 ) -> None:
     """Train UNet and text encoder, save the pipeline.
 
-    On 2 CPU cores 25 minutes per 72,000 samples at 64 pixels, 35 per 20,000 at 128. The defaults are
-    60,000 samples on two processes: colours and grounds follow the prompt by then. Shapes take four
-    times as many (--steps, or again with --init); then go on with 20,000 at 128 pixels from --init.
+    On 2 CPU cores 25 minutes per 72,000 samples at 64 pixels, 35 per 20,000 at 128. The defaults
+    are 60,000 samples on two processes: colours and grounds follow the prompt by then. Shapes take
+    four times as many (--steps, or again with --init); then go on with 20,000 at 128 pixels.
     """
     _prepare(work, threads)
     from demo_training.data import LatentCache
