@@ -137,5 +137,5 @@ def test_the_lines_of_the_page_work(slurm, two, tiny_model, tmp_path):
             assert set(finish(slurm, [job]).values()) == {"COMPLETED"}
     assert said[3].startswith("#!/bin/bash")
     assert "nothing to submit" in said[7]
-    assert "four [4]/*, start 1" in said[8]
+    assert "three/*, start 1" in said[8]
     assert said[9].splitlines() == ["outputs/four [4]/gold.mp4", "outputs/three/gold.mp4"]
