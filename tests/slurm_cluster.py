@@ -18,6 +18,8 @@ from tempfile import TemporaryDirectory
 import pytest
 
 NODES = ("n1", "n2")
+ARRAY_SIZE = 4
+"""Tasks that an array may have here: few, so that longer batches are cut."""
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "scontrol")
 INSTALL = ("apt-get", "install", "-y", "--no-install-recommends", "slurm-wlm", "munge")
 
@@ -45,6 +47,7 @@ SelectTypeParameters=CR_Core
 KillWait=15
 MessageTimeout=100
 MinJobAge=3600
+MaxArraySize={array_size}
 JobAcctGatherType=jobacct_gather/none
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
@@ -122,7 +125,9 @@ class Cluster:
         key.chmod(0o600)
         self.folder.chmod(0o755)
         host = socket.gethostname().partition(".")[0]
-        conf = SLURM_CONF.format(host=host, folder=self.folder, ports=free_ports(3), node=NODE)
+        conf = SLURM_CONF.format(
+            host=host, folder=self.folder, ports=free_ports(3), node=NODE, array_size=ARRAY_SIZE
+        )
         (self.folder / "slurm.conf").write_text(conf)
         gpus = f"NodeName=n[1-2] Name=gpu File={self.folder}/dev/nvidia[0-1] Flags=nvidia_gpu_env\n"
         (self.folder / "gres.conf").write_text(gpus)

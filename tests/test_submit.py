@@ -45,6 +45,10 @@ CASES = {
     "full": FULL,
     "gpus": Resources(gpus="4", container="/images/tokenflow.sif"),
     "nodes": Resources(gpus="h100:2", nodes=2, time="1-0"),
+    "scratch": Resources(scratch="$TMPDIR/tokenflow", cpu_partition="cpu"),
+    "near": Resources(
+        gpus="2", nodes=2, container="/images/token flow.sif", scratch="/local/$USER"
+    ),
 }
 
 
@@ -90,6 +94,73 @@ def test_stages_of_other_resources_are_arrays_of_their_own():
 def test_a_wrong_number_of_gpus_is_told(gpus):
     with pytest.raises(ManifestError, match="gpus-per-job"):
         Resources(gpus=gpus)
+
+
+@pytest.mark.parametrize(
+    "scratch", ["", "here", "$(reboot)", "/a b", '/a"', "/`id`", "/a;id", "/a\nb", "$", "/${x:-/}"]
+)
+def test_a_scratch_that_is_no_folder_is_told(scratch):
+    with pytest.raises(ManifestError, match="--scratch"):
+        Resources(scratch=scratch)
+
+
+@pytest.mark.parametrize(
+    ("scratch", "code", "folder"),
+    [("$NEAR/x", 0, "/local/job 1/x"), ("${NEAR}_2", 0, "/local/job 1_2"), ("$NOWHERE/x", 2, "")],
+)
+def test_scratch_is_where_the_node_says(scratch, code, folder):
+    (one,) = plan(Resources(scratch=scratch), WORK, replace(MISSING, cpu=()))
+    text = one.text[one.text.index("scratch=$(") : one.text.index("export scratch")]
+    answer = subprocess.run(
+        ["bash", "-c", f'{text}echo "$scratch"'],
+        env={"NEAR": "/local/job 1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (answer.returncode, answer.stdout.strip()) == (code, folder)
+    assert ("NOWHERE: unbound variable" in answer.stderr) == bool(code)
+
+
+MANY = Missing(tuple(f"clip {n}/*" for n in range(2500)), ("bear/*",), (), 0)
+
+
+def sizes(wanted):
+    return [(s.array.part, len(s.array.patterns), s.after, s.behind) for s in wanted]
+
+
+def test_more_clips_than_an_array_may_have_become_several():
+    wanted = plan(Resources(), WORK, MANY)
+    assert sizes(wanted) == [("all", 1001, None, None)] * 2 + [("all", 499, None, None)]
+    assert sum((s.array.patterns for s in wanted), ()) == MANY.gpu + MANY.cpu
+    assert len({s.array.list for s in wanted}) == 3
+    assert [s.text.partition("--array=")[2].split()[0] for s in wanted] == [
+        "0-1000", "0-1000", "0-498"
+    ]  # fmt: skip
+
+
+def test_arrays_of_other_resources_are_cut_alike_and_the_throttle_holds_over_all():
+    free = plan(Resources(cpu_partition="cpu"), WORK, MANY, 1250)
+    assert sizes(free) == [
+        ("gpu", 1250, None, None),
+        ("cpu", 1250, 0, None),
+        ("gpu", 1250, None, None),
+        ("cpu", 1250, 2, None),
+        ("cpu", 1, None, None),
+    ]
+    wanted = plan(Resources(cpu_partition="cpu", throttle=8), WORK, MANY, 1250)
+    assert [(s.after, s.behind) for s in wanted] == [
+        (None, None), (0, None), (None, 0), (2, 1), (None, None)
+    ]  # fmt: skip
+    assert all("%8" in s.text for s in wanted)
+    assert free[0].array.patterns == free[1].array.patterns
+    numbers = ["11", "12", "13", "14"]
+    assert slurm.dependency(wanted[3], numbers) == (
+        "--dependency=aftercorr:13,afterany:12",
+        "--kill-on-invalid-dep=yes",
+    )
+    assert slurm.dependency(wanted[2], numbers)[0] == "--dependency=afterany:11"
+    assert slurm.dependency(free[2], numbers) == ()
 
 
 def test_what_a_script_cannot_hold_is_told():
@@ -155,7 +226,7 @@ def test_dry_run_prints_the_scripts_and_writes_nothing(manifest, monkeypatch, tm
     assert len(wanted) == 3
     assert all(one.text in answer.stdout for one in wanted)
     assert answer.stdout.startswith("#!/bin/bash\n")
-    assert "--dependency=aftercorr:JOB" in answer.stdout
+    assert "--dependency=aftercorr:JOB1 " in answer.stdout
     assert not (work / "slurm").exists()
 
 

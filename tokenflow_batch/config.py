@@ -181,6 +181,7 @@ class Batch:
         runtime: how to compute.
         naming: template of the videos' paths under the output folder.
         others: jobs of the manifest that are left out this time (`only`), whose results are kept.
+        scratch: a folder of this process on a disk of its machine.
     """
 
     jobs: tuple[Job, ...]
@@ -189,6 +190,7 @@ class Batch:
     runtime: Runtime
     naming: str = NAMING
     others: tuple[Job, ...] = ()
+    scratch: Path | None = None
 
     def only(self, patterns: Sequence[str]) -> Batch:
         """The jobs that at least one pattern names, in the manifest's order.

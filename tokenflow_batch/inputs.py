@@ -47,7 +47,7 @@ class Inputs:
             ModelError: the model can't be found.
         """
         job = batch.jobs[0]
-        workspace = Workspace(batch.output, batch.workdir, batch.naming)
+        workspace = Workspace(batch.output, batch.workdir, batch.naming, batch.scratch)
         model = locate(job.model, job.base_config, download=download)
         return cls(batch, model, workspace, DigestMemory(workspace.digests))
 

@@ -23,6 +23,7 @@ from typing import Any
 from tokenflow_batch.ahead import Behind
 from tokenflow_batch.errors import DamagedUnit, NumericsMismatch, StoreError
 from tokenflow_batch.files import digest, digest_json, fsync, write_json
+from tokenflow_batch.scratch import Copies
 
 COMPLETE = "complete"
 _FREED = "freed"
@@ -59,10 +60,24 @@ class Record:
 
 
 class StageFolder:
-    """The folder of one stage with one key."""
+    """The folder of one stage with one key.
 
-    def __init__(self, folder: Path, stage: str, key: str) -> None:
+    Args:
+        folder: where it lies.
+        stage: its name.
+        key: of its result.
+        near: a folder on a disk of this machine, where files are written first and read; see
+            `scratch`.
+
+    Attributes:
+        files: where the files of units are written and read; the folder itself unless `near` is
+            given.
+    """
+
+    def __init__(self, folder: Path, stage: str, key: str, near: Path | None = None) -> None:
         self.folder, self.stage, self.key = folder, stage, key
+        self.files = near or folder
+        self._copies = Copies(near, folder) if near else None
         self._commits = folder / "commits"
         self._checked: set[str] = set()
         self._behind = Behind()
@@ -105,13 +120,17 @@ class StageFolder:
     def commit(
         self, unit: str, files: Iterable[Path], facts: Mapping[str, Any] | None = None
     ) -> None:
-        """Declare a unit done: flush its files, then their folders, then write the record."""
-        paths = sorted(files)
+        """Declare a unit done: flush its files, then their folders, then write the record.
+
+        Files in scratch are copied to the folder first.
+        """
+        written = sorted(files)
+        paths = self._copies.bring_back(unit, written) if self._copies else written
         for path in paths:
             fsync(path)
         for folder in sorted(self._folders(paths), key=lambda p: -len(p.parts)):
             fsync(folder)
-        listed = {str(p.relative_to(self.folder)): (p.stat().st_size, digest(p)) for p in paths}
+        listed = {str(p.relative_to(self.files)): (p.stat().st_size, digest(p)) for p in written}
         write_json(self._record_path(unit), Record(listed, dict(facts or {})).to_json())
         self._checked.add(unit)
 
@@ -146,10 +165,22 @@ class StageFolder:
         if flaw is not None:
             raise self._damage(unit, flaw)
         for name, (_, sha) in record.files.items():
-            if digest(self.folder / name) != sha:
+            if not self._sound(unit, name, sha):
                 raise self._damage(unit, f"{name} has another digest")
         self._checked.add(unit)
         return record
+
+    def _sound(self, unit: str, name: str, sha256: str) -> bool:
+        if self._copies:
+            return self._copies.fetch(unit, name, sha256)
+        return digest(self.folder / name) == sha256
+
+    def release(self, units: Iterable[str]) -> None:
+        """Let go of units' copies in scratch, if there are any; the units stay as they are."""
+        if self._copies:
+            for unit in units:
+                self._copies.release(unit)
+                self._checked.discard(unit)
 
     def drop(self, unit: str) -> None:
         """Remove a committed unit's files; its record stays, marked. Safe to repeat."""
@@ -162,6 +193,7 @@ class StageFolder:
             write_json(self._record_path(unit), marked.to_json())
         for name in record.files:
             (self.folder / name).unlink(missing_ok=True)
+        self.release([unit])
 
     def forget(self, unit: str) -> None:
         """Make a unit not done again, and with it the stage."""
@@ -253,6 +285,7 @@ class StageFolder:
         """
         try:
             self._commits.mkdir(parents=True, exist_ok=True)
+            self.files.mkdir(parents=True, exist_ok=True)
         except (NotADirectoryError, FileExistsError, PermissionError) as error:
             raise StoreError(f"{self.folder}: can't be used as a work folder: {error}") from None
         path = self.folder / "numerics.json"

@@ -19,11 +19,13 @@ class Workspace:
     WORK/digests.json                        files already digested, by path, size and mtime
     WORK/headers.json                        lengths and sizes of videos, by the same
     WORK/logs/                               events and errors of jobs: joblog.JobLog
+    SCRATCH/<stage>/<key>/                   copies of a stage's files: scratch.Copies
     """
 
     output: Path
     work: Path
     naming: str = NAMING
+    scratch: Path | None = None
 
     def video(self, clip: str, edit: str) -> Path:
         """The edited video."""
@@ -36,6 +38,10 @@ class Workspace:
     def stage(self, stage: StageName, key: str) -> Path:
         """A stage's folder."""
         return self.work / stage / key
+
+    def near(self, stage: StageName, key: str) -> Path | None:
+        """Where a stage's files lie in scratch; None without one."""
+        return self.scratch and self.scratch / stage / key
 
     def lock(self, stage: StageName, key: str) -> Path:
         """The lock of a stage's folder."""

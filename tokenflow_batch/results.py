@@ -82,7 +82,7 @@ def publish(context: StageContext, stage: StageName, result: JobResult) -> None:
     folder = context.folder(stage)
     folder.check(unit)
     for name, target in files.items():
-        _copy(folder.folder / name, target)
+        _copy(folder.files / name, target)
         if target not in result.outputs:
             result.outputs.append(target)
 
@@ -90,10 +90,11 @@ def publish(context: StageContext, stage: StageName, result: JobResult) -> None:
 def translate(job: Job, workspace: Workspace, error: Exception) -> TokenflowBatchError:
     """Any exception as a message; the traceback of what nobody foresaw goes to a file."""
     if disk_full(error):
+        places = [p for p in (workspace.work, workspace.scratch) if p]
         return DiskFullError(
             f"no space left on the device while working on {job.name}",
             hint="free some space and run again: what is committed stays; "
-            f"work files lie in {workspace.work}",
+            f"work files lie in {' and '.join(map(str, places))}",
         )
     if isinstance(error, TokenflowBatchError):
         return error

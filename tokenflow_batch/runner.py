@@ -157,6 +157,7 @@ class Runner:
         sharing = Sharing(self.team, over=lambda: self.team.get(trouble) is not None)
         try:
             context = self.context(job, sharing)
+            context.clear_scratch()
             for stage in stages:
                 self._stage(context, stage, result)
                 publish(context, stage, result)
@@ -178,6 +179,7 @@ class Runner:
 
         try:
             context = self.context(job, Sharing(self.team, over, patience))
+            context.clear_scratch()
             for stage in stages:
                 if over():
                     return

@@ -22,6 +22,7 @@ _STAGES: dict[Part, tuple[str, ...]] = {
     "gpu": ("--until", "edit"),
     "cpu": ("--from", "render", "--device", "cpu"),
 }
+_SCRATCH = re.compile(r"(?:/|\$\w|\$\{\w+\})(?:[\w./@+:=-]|\$\w|\$\{\w+\})*")
 _GPUS = re.compile(r"(?:[A-Za-z][\w.-]*:)?(\d{1,3})")
 
 
@@ -38,6 +39,7 @@ class Resources:
         grace: seconds before the time limit at which the work is stopped and queued again.
         setup: lines of shell before the work (`module load cuda`).
         container: image that apptainer runs the work in.
+        scratch: folder on a node's own disk; may name variables that the node sets (`$TMPDIR`).
     """
 
     partition: str | None = None
@@ -54,8 +56,15 @@ class Resources:
     grace: int = 120
     setup: tuple[str, ...] = ()
     container: str | None = None
+    scratch: str | None = None
 
     def __post_init__(self) -> None:
+        if self.scratch is not None and not _SCRATCH.fullmatch(self.scratch):
+            raise ManifestError(
+                f"--scratch {self.scratch!r} is no folder that a script can name",
+                hint="an absolute path or a variable of the node, such as '$TMPDIR' or "
+                "'/local/$USER'; no spaces, quotes or commands",
+            )
         if not _GPUS.fullmatch(self.gpus):
             raise ManifestError(
                 f"--gpus-per-job {self.gpus!r} is neither a number nor a type and a number",
@@ -169,6 +178,10 @@ _ADDRESS = (
     '$(timeout 60 scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}'
 )
 
+# What the node does not set is an error, not a folder of another name.
+_NODE_SCRATCH = """scratch=$(set -u; echo "{}") || exit 2
+export scratch"""
+
 
 def script(resources: Resources, work: Work, array: Array) -> str:
     """The script of one array.
@@ -179,6 +192,8 @@ def script(resources: Resources, work: Work, array: Array) -> str:
     launched = array.part != "cpu" and resources.nodes * resources.processes > 1
     several = launched and resources.nodes > 1
     setup = list(resources.setup) + ([_ADDRESS] if several else [])
+    if resources.scratch is not None:
+        setup.append(_NODE_SCRATCH.format(resources.scratch))
     return _TEXT.substitute(
         directives="\n".join(f"#SBATCH {line}" for line in _directives(resources, work, array)),
         list=shlex.quote(str(array.list)),
@@ -231,19 +246,23 @@ def _command(r: Resources, work: Work, array: Array, *, launched: bool) -> str:
     """The shell command that does the work of a task."""
     words = ["run", str(work.manifest), *work.options, *_STAGES[array.part]]
     arguments = f'{shlex.join(words)} --only "$only"'
-    inside = ""
+    inside, first = "", ""
     if r.container is not None:
-        binds = ",".join(map(str, work.binds))
-        inside = shlex.join(["apptainer", "exec", "--nv", "--bind", binds, r.container]) + " "
+        binds = shlex.join(["apptainer", "exec", "--nv", "--bind", ",".join(map(str, work.binds))])
+        near = "" if r.scratch is None else ' --bind "$scratch"'
+        inside = f"{binds}{near} {shlex.quote(r.container)} "
+        first = "" if r.scratch is None else 'mkdir -p "$scratch"; '
+    if r.scratch is not None:
+        arguments += ' --scratch "$scratch"'
     if not launched:
-        return f"{inside}tokenflow-batch {arguments}"
+        return f"{first}{inside}tokenflow-batch {arguments}"
     launch = _LAUNCH.format(nodes=r.nodes, all=r.nodes * r.processes, port=_PORT)
     if r.nodes == 1:
-        return f"{inside}{launch} -m tokenflow_batch {arguments}"
+        return f"{first}{inside}{launch} -m tokenflow_batch {arguments}"
     here = '--machine_rank "$SLURM_NODEID" --main_process_ip "$0" -m tokenflow_batch "$@"'
     return (
         "# shellcheck disable=SC2016 # each node expands it\n"
         "srun --kill-on-bad-exit=1 bash -c \\\n"
-        f"  {shlex.quote(f'exec {inside}{launch} {here}')} \\\n"
+        f"  {shlex.quote(f'{first}exec {inside}{launch} {here}')} \\\n"
         f'  "$address" {arguments}'
     )

@@ -11,7 +11,7 @@ import re
 import subprocess
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from filelock import FileLock
@@ -21,6 +21,9 @@ from tokenflow_batch.errors import ClusterError, StoreError
 from tokenflow_batch.files import replacing
 from tokenflow_batch.sbatch import Array, Part, Resources, Work, script
 from tokenflow_batch.status import JobStatus, status
+
+ARRAY_SIZE = 1001
+"""Tasks that an array may have (`MaxArraySize`) where a cluster has not changed it."""
 
 PATIENCE = 60
 """Seconds that a command of Slurm may take."""
@@ -53,12 +56,15 @@ class Submission:
         array: what it does.
         text: the script.
         after: index of the submission whose tasks must each end well before its own, or None.
+        behind: index of the submission that must have ended before, so that no more tasks than
+            the throttle run at once, or None.
         job: Slurm's number; None in a dry run.
     """
 
     array: Array
     text: str
     after: int | None
+    behind: int | None = None
     job: str | None = None
 
 
@@ -101,19 +107,43 @@ def missing(batch: Batch, queued: frozenset[str]) -> Missing:
     return Missing(tuple(gpu), tuple(cpu), tuple(waiting), complete)
 
 
-def plan(resources: Resources, work: Work, found: Missing) -> list[Submission]:
+def plan(
+    resources: Resources, work: Work, found: Missing, size: int = ARRAY_SIZE
+) -> list[Submission]:
     """The arrays for what is missing, in the order in which they are submitted.
+
+    Args:
+        resources: what to ask Slurm for.
+        work: names and places.
+        found: what is missing.
+        size: tasks that an array may have; more clips than that become several arrays.
 
     Raises:
         ManifestError: a value can't be written into a script.
     """
-    parts: list[tuple[Part, tuple[str, ...], int | None]]
+    done: list[Submission] = []
+
+    def add(part: Part, clips: tuple[str, ...], after: int | None, behind: int | None) -> int:
+        array = _array(work, part, clips)
+        text = script(resources, work, array)
+        done.append(Submission(array, text, after, behind if resources.throttle else None))
+        return len(done) - 1
+
+    first = second = third = None
     if resources.cpu_partition is None:
-        parts = [("all", found.gpu + found.cpu, None)]
-    else:
-        parts = [("gpu", found.gpu, None), ("cpu", found.gpu, 0), ("cpu", found.cpu, None)]
-    arrays = [(_array(work, part, clips), after) for part, clips, after in parts if clips]
-    return [Submission(a, script(resources, work, a), after) for a, after in arrays]
+        for clips in _pieces(found.gpu + found.cpu, size):
+            first = add("all", clips, None, first)
+        return done
+    for clips in _pieces(found.gpu, size):
+        first = add("gpu", clips, None, first)
+        second = add("cpu", clips, first, second)
+    for clips in _pieces(found.cpu, size):
+        third = add("cpu", clips, None, third)
+    return done
+
+
+def _pieces(clips: tuple[str, ...], size: int) -> list[tuple[str, ...]]:
+    return [clips[i : i + size] for i in range(0, len(clips), size)]
 
 
 def _array(work: Work, part: Part, patterns: tuple[str, ...]) -> Array:
@@ -139,21 +169,48 @@ def submit(batch: Batch, resources: Resources, work: Work) -> tuple[Missing, lis
     with FileLock(work.folder / "submit.lock"):
         found = missing(batch, queued(work))
         done: list[Submission] = []
-        for wanted in plan(resources, work, found):
+        for wanted in plan(resources, work, found, _array_size()):
             with replacing(wanted.array.list) as temporary:
                 temporary.write_text("".join(f"{p}\n" for p in wanted.array.patterns), "utf-8")
-            after = None if wanted.after is None else done[wanted.after].job
+            options = dependency(wanted, [str(one.job) for one in done])
             try:
-                job = _sbatch(wanted.text, after)
+                job = _sbatch(wanted.text, options)
             except ClusterError as error:
                 raise _half_submitted(error, done) from None
-            done.append(Submission(wanted.array, wanted.text, wanted.after, job))
+            done.append(replace(wanted, job=job))
     return found, done
 
 
-def dependency(after: str) -> tuple[str, ...]:
-    """The options by which each task waits for the same task of another array."""
-    return (f"--dependency=aftercorr:{after}", "--kill-on-invalid-dep=yes")
+def dependency(wanted: Submission, jobs: Sequence[str]) -> tuple[str, ...]:
+    """The options by which an array waits for others.
+
+    Args:
+        wanted: the array.
+        jobs: numbers of the submissions before it.
+    """
+    given = []
+    if wanted.after is not None:  # each task for the same task of another array
+        given.append(f"aftercorr:{jobs[wanted.after]}")
+    if wanted.behind is not None:
+        given.append(f"afterany:{jobs[wanted.behind]}")
+    return (f"--dependency={','.join(given)}", "--kill-on-invalid-dep=yes") if given else ()
+
+
+def _array_size() -> int:
+    """Tasks that an array may have on this cluster.
+
+    Raises:
+        ClusterError: Slurm is not there, does not answer, or takes no arrays.
+    """
+    said = _call(["scontrol", "show", "config"], "scontrol")
+    match = re.search(r"^MaxArraySize\s*=\s*(\d+)", said, re.MULTILINE)
+    size = int(match[1]) if match else ARRAY_SIZE
+    if size < 1:
+        raise ClusterError(
+            "this cluster takes no job arrays (MaxArraySize is 0)",
+            hint="ask its administrators, or start from scripts/slurm_multinode.sbatch",
+        )
+    return size
 
 
 def queued(work: Work) -> frozenset[str]:
@@ -181,9 +238,8 @@ def queued(work: Work) -> frozenset[str]:
     return frozenset(found)
 
 
-def _sbatch(text: str, after: str | None) -> str:
-    waiting = () if after is None else dependency(after)
-    said = _call(["sbatch", "--parsable", *waiting], "sbatch", stdin=text)
+def _sbatch(text: str, options: Sequence[str]) -> str:
+    said = _call(["sbatch", "--parsable", *options], "sbatch", stdin=text)
     number = said.strip().partition(";")[0]
     if not number.isdecimal():
         raise ClusterError(f"sbatch gave no job number but {said.strip()!r}")

@@ -30,7 +30,7 @@ Array = NDArray[Any]
 
 def lay_out(stage: StageFolder, specs: Mapping[str, ArraySpec]) -> None:
     """Make the group and its empty arrays, and commit them."""
-    root = stage.folder / "data.zarr"
+    root = stage.files / "data.zarr"
     for stale in root.rglob("zarr.json"):
         stale.unlink()  # left by a killed process, or damaged; the shards keep their worth
     group = zarr.create_group(root, zarr_format=3)
@@ -60,7 +60,7 @@ class ArrayStore:
 
     def __init__(self, stage: StageFolder, specs: Mapping[str, ArraySpec]) -> None:
         self.stage, self.specs = stage, dict(specs)
-        self._root = stage.folder / "data.zarr"
+        self._root = stage.files / "data.zarr"
         self._waited = waited()
         stage.check(LAYOUT)
         # A runtime setting of zarr, taken when an array is opened; without it a block of zeros

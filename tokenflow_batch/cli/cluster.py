@@ -94,6 +94,9 @@ def _submit(
         _option("--setup", "Shell line before the work, such as `module load cuda`.", "LINE"),
     ] = None,
     container: Annotated[Text, _option("--container", "Image, for apptainer.", "IMAGE")] = None,
+    scratch: Annotated[
+        Text, _option("--scratch", "Folder on a node's own disk, such as '$TMPDIR'.", "DIR")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Submit what is missing to Slurm: an array of jobs, one task a clip."""
@@ -124,6 +127,7 @@ def _submit(
             grace=grace,
             setup=tuple(setup or ()),
             container=container,
+            scratch=scratch,
         )
         work = slurm.work_of(manifest, batch, options)
         if dry_run:
@@ -140,9 +144,9 @@ def _print_scripts(wanted: list[Submission]) -> None:
         if number:
             typer.echo("")
         typer.echo(one.text)
-        if one.after is not None:
-            waiting = " ".join(dependency("JOB"))
-            typer.echo(f"# sbatch {waiting}, where JOB is the number of script {one.after + 1}")
+        waiting = dependency(one, [f"JOB{n + 1}" for n in range(number)])
+        if waiting:
+            typer.echo(f"# sbatch {' '.join(waiting)}, where JOB1 is the number of script 1")
         typer.echo(f"# {one.array.list}:")
         typer.echo("\n".join(f"#   {pattern}" for pattern in one.array.patterns))
 
@@ -158,4 +162,7 @@ def _say(found: Missing, done: list[Submission], as_json: bool) -> None:
         typer.echo(f"job {one.job}: {names[one.array.part]} of {len(one.array.patterns)} clips")
     if not done:
         typer.echo("nothing to submit")
+    if len({(one.array.part, one.after is None) for one in done}) < len(done):
+        longest = max(len(one.array.patterns) for one in done)
+        typer.echo(f"in several arrays: this cluster takes at most {longest} tasks in one")
     typer.echo(f"{found.complete} clips are complete, {len(found.queued)} in the queue already")

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -79,6 +82,14 @@ def _run(
             help="Remove intermediates of finished clips while the work folder is larger (20GB).",
         ),
     ] = None,
+    scratch: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Folder on a disk of this machine for the files that are worked on; "
+            "all of them are copied to the work folder as they are committed.",
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Run every job of a manifest through all stages; what is done is skipped."""
@@ -98,6 +109,7 @@ def _run(
         dry_run=dry_run,
         keep_going=keep_going,
         disk_budget=budget,
+        scratch=scratch,
         as_json=as_json,
     )
 
@@ -140,6 +152,7 @@ def run_or_tell(
     dry_run: bool = False,
     keep_going: bool = True,
     disk_budget: int | None = None,
+    scratch: Path | None = None,
     as_json: bool = False,
 ) -> None:
     """Run a batch and end with its exit code; or only say what would run.
@@ -157,10 +170,14 @@ def run_or_tell(
         from tokenflow_batch.distributed import Team
         from tokenflow_batch.results import exit_code
         from tokenflow_batch.runner import Runner
+        from tokenflow_batch.scratch import own_folder
 
         team = Team.of_launch()
-        with progress_bars(shown=team.leads) as progress:
-            runner = Runner(batch, progress, team)
+        with (
+            nullcontext() if scratch is None else own_folder(scratch) as own,
+            progress_bars(shown=team.leads) as progress,
+        ):
+            runner = Runner(replace(batch, scratch=own), progress, team)
             results = runner.run(
                 stages, force=force, keep_going=keep_going, disk_budget=disk_budget
             )

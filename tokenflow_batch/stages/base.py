@@ -15,6 +15,7 @@ from tokenflow_batch.keys import StageKey
 from tokenflow_batch.ledger import StageFolder
 from tokenflow_batch.models import Compute, Model
 from tokenflow_batch.paths import Workspace
+from tokenflow_batch.scratch import keep_only
 from tokenflow_batch.stages.sharing import Sharing
 from tokenflow_batch.store import LAYOUT, ArrayStore, lay_out
 
@@ -59,8 +60,17 @@ class StageContext:
         """The folder of one of the job's stages; it remembers which units were checked."""
         key = self.keys[stage].key
         return self._folders.setdefault(
-            stage, StageFolder(self.workspace.stage(stage, key), stage, key)
+            stage,
+            StageFolder(
+                self.workspace.stage(stage, key), stage, key, self.workspace.near(stage, key)
+            ),
         )
+
+    def clear_scratch(self) -> None:
+        """Have scratch hold no other job's files from now on."""
+        if self.workspace.scratch is not None:
+            own = {self.workspace.near(stage, key.key) for stage, key in self.keys.items()}
+            keep_only(self.workspace.scratch, own)
 
     def store(self, folder: StageFolder, specs: Mapping[str, ArraySpec]) -> ArrayStore:
         """A stage's own arrays, laid out if they aren't yet."""

@@ -75,8 +75,8 @@ def read_clip(context: StageContext) -> Clip:
     """
     folder = context.folder("encode")
     record = folder.check(PROBE)
-    raw = json.loads((folder.folder / FACTS_FILE).read_text("utf-8"))
-    facts = VideoFacts.from_json(raw, np.load(folder.folder / PTS_FILE, allow_pickle=False))
+    raw = json.loads((folder.files / FACTS_FILE).read_text("utf-8"))
+    facts = VideoFacts.from_json(raw, np.load(folder.files / PTS_FILE, allow_pickle=False))
     s = context.settings
     geometry = plan_geometry(
         (facts.width, facts.height), s.resolution, Fit(s.fit), int(record.facts["multiple"])
@@ -105,7 +105,7 @@ def _cuts(context: StageContext, frames: int) -> tuple[int, ...]:
     if not folder.committed(CUTS):
         return ()  # not yet looked for, and nothing before that needs them
     folder.check(CUTS)
-    found: list[int] = json.loads((folder.folder / CUTS_FILE).read_text("utf-8"))
+    found: list[int] = json.loads((folder.files / CUTS_FILE).read_text("utf-8"))
     return tuple(found)
 
 

@@ -122,10 +122,14 @@ def _resume_at(
 
 def _drop_step(folder: StageFolder, step: int, windows: Sequence[Window], clip: Clip) -> None:
     """Remove what led to the next step's latents, now that they are there."""
-    for window in windows:
-        folder.drop(unit_name("window", (step, window.index, 0)))
-    for chunk in clip.chunks:
-        folder.drop(unit_name("advance", (step, chunk.index)))
+    for unit in _units_of(step, windows, clip):
+        folder.drop(unit)
+
+
+def _units_of(step: int, windows: Sequence[Window], clip: Clip) -> list[str]:
+    """What leads to the next step's latents."""
+    noise = [unit_name("window", (step, window.index, 0)) for window in windows]
+    return noise + [unit_name("advance", (step, chunk.index)) for chunk in clip.chunks]
 
 
 @dataclass
@@ -217,6 +221,7 @@ class _Editing:
         advance(self.clip.frames)
         if sharing.mine(folder, f"drop-{step}"):
             _drop_step(folder, step, self.layout.windows, self.clip)
+        folder.release(_units_of(step, self.layout.windows, self.clip))
 
     def _window(self, step: int, window: Window, drawn: Sequence[int]) -> None:
         moment = self.layout.moment(self.settings.mode.neighbours, drawn, window)

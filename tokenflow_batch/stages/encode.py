@@ -77,11 +77,11 @@ def _probe(context: StageContext, folder: StageFolder) -> None:
         context.warn(f"{job.video}: high dynamic range comes out as plain 8-bit BT.709")
     if geometry.crops:
         context.warn(f"{job.video}: {geometry.describe()}")
-    with replacing(folder.folder / FACTS_FILE) as path:
+    with replacing(folder.files / FACTS_FILE) as path:
         path.write_text(json.dumps(facts.to_json()), "utf-8")
-    with replacing(folder.folder / PTS_FILE) as path, path.open("wb") as file:
+    with replacing(folder.files / PTS_FILE) as path, path.open("wb") as file:
         np.save(file, facts.pts, allow_pickle=False)
-    files = [folder.folder / FACTS_FILE, folder.folder / PTS_FILE]
+    files = [folder.files / FACTS_FILE, folder.files / PTS_FILE]
     folder.commit(PROBE, files, {"multiple": multiple})
 
 
@@ -94,9 +94,9 @@ def _find_cuts(context: StageContext, folder: StageFolder, clip: Clip) -> None:
                 advance(1)
 
         cuts = find_cuts(told(), clip.facts.rate)
-    with replacing(folder.folder / CUTS_FILE) as path:
+    with replacing(folder.files / CUTS_FILE) as path:
         path.write_text(json.dumps(cuts), "utf-8")
-    folder.commit(CUTS, [folder.folder / CUTS_FILE], {"cuts": len(cuts)})
+    folder.commit(CUTS, [folder.files / CUTS_FILE], {"cuts": len(cuts)})
 
 
 def _frames_of(

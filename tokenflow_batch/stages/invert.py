@@ -60,7 +60,11 @@ class Invert(Stage):
             if steps[i]
         }
         with context.progress("invert", sum(len(c) for _, c in units.values())) as advance:
+            step = 0
             for i, chunk in sharing.share(folder, units):
+                if i > max(step, 1) and not kept[i - 2]:  # whoever drops or has dropped it
+                    folder.release(unit_name("invert", (i - 2, c.index)) for c in clip.chunks)
+                step = i
                 before = unit_name("invert", (i - 1, chunk.index))
                 if i > 0:
                     sharing.wait_for(folder, [before])  # another process may be at it

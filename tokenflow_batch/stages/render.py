@@ -55,14 +55,14 @@ def _join(context: StageContext, folder: StageFolder, clip: Clip, units: Iterabl
         folder.check(unit)
     segments = [_segment_path(folder, chunk) for chunk in clip.chunks]
     source = context.job.video if context.settings.audio else None
-    output = folder.folder / VIDEO_FILE
+    output = folder.files / VIDEO_FILE
     for warning in join(segments, clip.facts, source, output):
         context.warn(f"{context.job.video}: {warning}")
     folder.commit(VIDEO, [output])
 
 
 def _segment_path(folder: StageFolder, chunk: Chunk) -> Path:
-    return folder.folder / "segments" / f"{chunk.index:05d}.mp4"
+    return folder.files / "segments" / f"{chunk.index:05d}.mp4"
 
 
 def _render_segments(

@@ -43,7 +43,7 @@ def _report(context: StageContext, folder: StageFolder) -> None:
     clip, began = read_clip(context), time.perf_counter()
     rendered = context.folder("render")
     rendered.check(VIDEO)
-    edited = rendered.folder / VIDEO_FILE
+    edited = rendered.files / VIDEO_FILE
     with context.progress("report", 2 * clip.frames) as advance:
 
         def counted() -> Iterator[tuple[Frame, Frame]]:
@@ -54,7 +54,7 @@ def _report(context: StageContext, folder: StageFolder) -> None:
         looks = Looks(), Looks()
         consistency = Consistency.of(_looked_at(counted(), looks))
         shown = _side_by_side(context, clip, counted(), folder)
-    with replacing(folder.folder / SHEET) as path:
+    with replacing(folder.files / SHEET) as path:
         times = [
             float((clip.facts.pts[i] - clip.facts.pts[0]) * clip.facts.time_base) for i in shown
         ]
@@ -66,10 +66,10 @@ def _report(context: StageContext, folder: StageFolder) -> None:
         )
     metrics = _metrics(context, clip, consistency)
     metrics["seams"] = _seams(clip, clip.layout(context.settings), looks)
-    with replacing(folder.folder / METRICS) as path:
+    with replacing(folder.files / METRICS) as path:
         path.write_text(json.dumps(metrics, indent=1) + "\n", "utf-8")
     facts = {"frames": clip.frames, "seconds": time.perf_counter() - began}
-    folder.commit(REPORT, [folder.folder / name for name in (METRICS, SHEET, SIDE_BY_SIDE)], facts)
+    folder.commit(REPORT, [folder.files / name for name in (METRICS, SHEET, SIDE_BY_SIDE)], facts)
 
 
 def _pairs(context: StageContext, clip: Clip, edited: Path) -> Iterator[tuple[Frame, Frame]]:
@@ -123,7 +123,7 @@ def _side_by_side(
     aspect = facts.sample_aspect_ratio
     if not context.settings.restore_size:
         aspect = clip.geometry.working_aspect(aspect)
-    with tempfile.TemporaryDirectory(dir=folder.folder) as scratch:
+    with tempfile.TemporaryDirectory(dir=folder.files) as scratch:
         segment = Path(scratch) / "segment.mp4"
         write_segment(
             segment,
@@ -135,7 +135,7 @@ def _side_by_side(
             sample_aspect_ratio=aspect,
         )
         source = context.job.video if context.settings.audio else None
-        join([segment], facts, source, folder.folder / SIDE_BY_SIDE)
+        join([segment], facts, source, folder.files / SIDE_BY_SIDE)
     return kept
 
 
