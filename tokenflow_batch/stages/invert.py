@@ -62,11 +62,12 @@ class Invert(Stage):
         with context.progress("invert", sum(len(c) for _, c in units.values())) as advance:
             for i, chunk in sharing.share(folder, units):
                 before = unit_name("invert", (i - 1, chunk.index))
-                if i > 0:
-                    sharing.wait_for(folder, [before])  # another process may be at it
-                work.unit(i, chunk)
-                if i > 0 and not kept[i - 1]:
-                    folder.drop(before)
+                with sharing.busy(folder):
+                    if i > 0:
+                        sharing.wait_for(folder, [before])  # another process may be at it
+                    work.unit(i, chunk)
+                    if i > 0 and not kept[i - 1]:
+                        folder.drop(before)
                 advance(len(chunk))
 
 
