@@ -3,10 +3,11 @@
     python benchmarks/sharing.py [--processes 2] [--repeats 3] [--json FILE]
 
 One generated clip of nine overlapping windows, edited by the demo model: by one process of one
-thread and by several of one thread each, in turn, each time from nothing and in fresh processes
-(`accelerate launch`). Seconds are counted from when the models are loaded to the last commit, by
-the slowest process; besides, what share of it the processes waited for each other. The edited
-latents of both must be the same bits.
+thread and by several of one thread each, in turn (either goes first every other time), each time
+from nothing and in fresh processes (`accelerate launch`). Seconds are counted from when the models
+are loaded to the last commit, by the slowest process. Besides: the seconds of all processes in the
+units of each stage, what share of all their time they waited for each other, and what of it is
+neither. The edited latents of both must be the same bits.
 """
 
 from __future__ import annotations
@@ -94,23 +95,25 @@ def timed(manifest: Path, processes: int) -> tuple[dict[str, Any], Any]:
         ranks = [json.loads(p.read_text("utf-8")) for p in sorted(Path(told).iterdir())]
     assert len(ranks) == processes
     seconds = max(rank["seconds"] for rank in ranks)
-    waited = sum(rank["waited"] for rank in ranks) / sum(rank["seconds"] for rank in ranks)
-    return {"seconds": seconds, "share_waited": waited, **by_stage(manifest)}, latents(manifest)
+    total, waited = (sum(rank[name] for rank in ranks) for name in ("seconds", "waited"))
+    stages = by_stage(manifest)
+    shares = {"waited": waited / total, "other": 1 - (waited + sum(stages.values())) / total}
+    return {"seconds": seconds, "share": shares, "stage_seconds": stages}, latents(manifest)
 
 
 def by_stage(manifest: Path) -> dict[str, float]:
-    """Seconds that all processes together spent in units that call the UNet."""
+    """Seconds that all processes together spent in units of work, as those say themselves."""
     from tokenflow_batch.inputs import Inputs
     from tokenflow_batch.ledger import StageFolder
     from tokenflow_batch.manifest import load
 
     batch = load(manifest)
-    inputs, found = Inputs.of(batch), {}
-    names: tuple[StageName, ...] = ("invert", "match", "edit")
-    for stage in names:
+    inputs = Inputs.of(batch)
+    found: dict[str, float] = {}
+    for stage in STAGES:
         key = inputs.keys(batch.jobs[0])[stage].key
         totals = StageFolder(inputs.workspace.stage(stage, key), stage, key).totals()
-        found[f"{stage}_seconds"] = totals["seconds"]
+        found[stage] = totals["seconds"]
     return found
 
 
@@ -136,11 +139,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         manifest = prepare(Path(scratch))
         pairs = []
-        for _ in range(args.repeats):
-            one, first = timed(manifest, 1)
-            several, second = timed(manifest, args.processes)
-            assert np.array_equal(first, second), "other bits"
-            pairs.append({"one": one, "several": several})
+        for number in range(args.repeats):
+            counts = {"one": 1, "several": args.processes}
+            names = list(counts) if number % 2 == 0 else list(reversed(counts))
+            found = {name: timed(manifest, counts[name]) for name in names}
+            assert np.array_equal(found["one"][1], found["several"][1]), "other bits"
+            pairs.append({name: found[name][0] for name in counts})
             print(json.dumps(pairs[-1]), flush=True)
     ratios = [pair["one"]["seconds"] / pair["several"]["seconds"] for pair in pairs]
     report = {

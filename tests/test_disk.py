@@ -1,5 +1,10 @@
 """--disk-budget: what goes, what stays, and what comes back when it is needed again."""
 
+import json
+import os
+import threading
+import time
+
 import pytest
 from jobs import (
     EDIT,
@@ -17,8 +22,11 @@ from jobs import (
 from tokenflow_batch.config import STAGES
 from tokenflow_batch.disk import keep_within, parse_size
 from tokenflow_batch.errors import ManifestError, MissingInput
+from tokenflow_batch.files import DigestMemory, tree_bytes
 from tokenflow_batch.inputs import Inputs
+from tokenflow_batch.ledger import StageFolder
 from tokenflow_batch.manifest import load
+from tokenflow_batch.slurm import missing
 from tokenflow_batch.status import status
 
 DATA = STAGES[:4]
@@ -79,7 +87,7 @@ def test_a_finished_clip_goes_and_counts_as_done(manifest):
     assert not any((folder_of(manifest, s).folder / "data.zarr").exists() for s in DATA)
     assert video.is_file()
     (row,) = status(load(manifest))
-    assert {s.state for s in row.stages.values()} == {"done"}
+    assert [s.state for s in row.stages.values()] == [*["freed"] * 4, "done", "done"]
     assert run_one(manifest).ran == []  # done is done
     assert run_one(manifest, disk_budget=1).ran == []
     # What is needed again is computed again, with the same result.
@@ -146,3 +154,161 @@ def test_a_wrong_size_is_said_before_anything_runs(manifest):
     answer = command("run", manifest, "--disk-budget", "plenty")
     assert answer.exit_code == 2
     assert "'plenty' is no size" in answer.stderr
+
+
+# -- beside others, and what is said: on folders that only the ledger knows ---------------------
+
+
+@pytest.fixture
+def ledgers(tmp_path, tiny_model):
+    """Two clips whose stages are all done, with 1,000 bytes of data each."""
+    for name, frames in (("first", 3), ("last", 2)):
+        clip(tmp_path / f"{name}.mp4", frames)
+    path = write_manifest(tmp_path, tiny_model, clips=CLIPS, steps=1)
+    for job in range(2):
+        for stage in STAGES:
+            finish(folder_of(path, stage, job))
+    for name in ("first", "last"):
+        video = tmp_path / "out" / name / "blue.mp4"
+        video.parent.mkdir()
+        video.touch()
+    return path
+
+
+def finish(folder):
+    folder.open({}, {})
+    data = folder.folder / "data" / "0"
+    data.parent.mkdir(exist_ok=True)
+    data.write_bytes(b"x" * 1000)
+    folder.commit("unit", [data])
+    folder.finish({})
+
+
+def everything_freed(manifest):
+    return [freed(manifest, 0), freed(manifest, 1)] == [list(DATA)] * 2
+
+
+def test_two_processes_remove_no_more_than_one(ledgers, monkeypatch):
+    free = StageFolder.free
+
+    def slowly(self):
+        time.sleep(0.2)
+        free(self)
+
+    monkeypatch.setattr(StageFolder, "free", slowly)
+    inputs = [Inputs.of(load(ledgers)) for _ in range(2)]
+    budget = tree_bytes(inputs[0].workspace.work) - 1
+    threads = [threading.Thread(target=keep_within, args=(one, budget)) for one in inputs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert freed(ledgers, 0) + freed(ledgers, 1) == ["edit"]
+
+
+def test_damage_and_errors_stop_nobody(ledgers, monkeypatch, caplog):
+    free = StageFolder.free
+
+    def failing(self):
+        if self.stage == "match":
+            raise OSError(5, "Input/output error", str(self.folder))
+        free(self)
+
+    monkeypatch.setattr(StageFolder, "free", failing)
+    damaged = folder_of(ledgers, "invert")
+    (damaged.folder / "commits" / "complete.json").write_text("{")
+    inputs = Inputs.of(load(ledgers))
+    assert keep_within(inputs, 1) > 0
+    assert freed(ledgers, 1) == ["encode", "invert", "edit"]
+    assert "Input/output error" in caplog.text
+
+    def lost(_folder):
+        raise OSError(116, "Stale file handle")
+
+    monkeypatch.setattr("tokenflow_batch.disk.tree_bytes", lost)
+    assert keep_within(inputs, 1) == 0
+    assert "nothing more is removed this time: [Errno 116]" in caplog.text
+
+
+def test_folders_that_vanish_are_not_counted(tmp_path, monkeypatch):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_bytes(b"x" * 10)
+    lstat = os.lstat
+
+    def vanishing(path, **options):
+        if str(path).endswith("a/file"):
+            raise FileNotFoundError(path)
+        return lstat(path, **options)
+
+    monkeypatch.setattr(os, "lstat", vanishing)
+    assert tree_bytes(tmp_path) == 10
+    assert tree_bytes(tmp_path / "none") == 0
+
+
+def test_videos_that_are_left_out_are_not_read(ledgers):
+    (ledgers.parent / "out" / ".work" / "digests.json").unlink()
+    only = load(ledgers).only(["first"])
+    inputs = Inputs.of(only)
+    inputs.keys(only.jobs[0])
+    keep_within(inputs, 1)
+    (other,) = only.others
+    assert inputs.memory.peek(other.video) is None
+    assert freed(ledgers, 0) == list(DATA)
+    assert freed(ledgers, 1) == []  # nobody knows what it needs
+
+
+def test_processes_learn_digests_from_each_other(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("x")
+    first, second = (DigestMemory(tmp_path / "digests.json") for _ in range(2))
+    assert second.peek(file) is None
+    first.digest(file)
+    assert second.peek(file) == first.peek(file)
+
+
+def planned(manifest):
+    answer = json.loads(command("plan", manifest, "--json").stdout)
+    return [[s["state"] for s in job["stages"].values()] for job in answer["jobs"]]
+
+
+def previewed(manifest, *options):
+    answer = json.loads(command("run", manifest, "--dry-run", "--json", *options).stdout)
+    return [{s: t["does"] for s, t in job["stages"].items()} for job in answer["jobs"]]
+
+
+def lacking(manifest):
+    found = missing(load(manifest), frozenset())
+    return found.gpu, found.cpu, found.complete
+
+
+def test_freed_is_said_and_costs_nothing(ledgers):
+    keep_within(Inputs.of(load(ledgers)), 1)
+    assert everything_freed(ledgers)
+    assert planned(ledgers) == [[*["freed"] * 4, "done", "done"]] * 2
+    assert set(previewed(ledgers)[0].values()) == {"skip"}
+    assert "disk budget" in command("run", ledgers, "--dry-run").stdout
+    assert lacking(ledgers) == ((), (), 2)
+    assert "freed" in command("status", ledgers).stdout
+
+
+def test_what_is_freed_and_needed_again_is_planned(ledgers, tiny_model):
+    keep_within(Inputs.of(load(ledgers)), 1)
+    forced = previewed(ledgers, "--force", "edit")
+    assert all(set(steps.values()) == {"run"} for steps in forced)
+    folder_of(ledgers, "render").forget("unit")
+    assert planned(ledgers)[0] == [*["again"] * 4, "to do", "done"]
+    assert previewed(ledgers)[0] == {**dict.fromkeys(STAGES[:5], "run"), "report": "skip"}
+    assert lacking(ledgers) == (("first/*",), (), 1)
+    clips = [{**CLIPS[0], "edits": [EDIT, SECOND]}, CLIPS[1]]
+    finish(folder_of(ledgers, "render"))
+    write_manifest(ledgers.parent, tiny_model, clips=clips, steps=1)
+    old, new, other = planned(ledgers)
+    assert old == other == [*["freed"] * 4, "done", "done"]
+    assert new == [*["again"] * 3, *["to do"] * 3]
+    costs = json.loads(command("plan", ledgers, "--json").stdout)["jobs"][1]["stages"]
+    assert costs["invert"]["rows"] > 0
+    assert costs["match"]["bytes"] > 0
+    steps = previewed(ledgers)
+    assert set(steps[0].values()) == {"skip"}
+    assert set(steps[1].values()) == {"run"}

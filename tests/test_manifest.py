@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -337,3 +338,25 @@ def test_a_model_is_a_path_where_one_lies_there(tmp_path, model, expected):
         (tmp_path / folder).mkdir()
     (job,) = load(written(tmp_path, edited("model: demo", f"model: {model}"))).jobs
     assert job.model == expected.replace("FOLDER", str(tmp_path))
+
+
+@pytest.mark.parametrize("video", ["videos", "videos/**/*.mp4"])
+def test_results_are_no_sources(tmp_path, video):
+    """Neither where the manifest puts them, nor where the command line does, nor work files."""
+    places = ("videos/results", "videos/elsewhere", "videos/scratch")
+    for place in ("videos", *places):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / f"{Path(place).name}.mp4").touch()
+    path = tmp_path / "m.yaml"
+    text = "version: 1\nmodel: demo\noutput: {}\nclips: [{{video: {!r}, edits: [{}]}}]\n"
+    edit = "{name: a, prompt: b}"
+    path.write_text(text.format("videos/results", video, edit))
+    (tmp_path / "link").symlink_to(tmp_path / "videos")
+    output, workdir = tmp_path / "link" / "elsewhere", tmp_path / "link" / "scratch"
+    batch = load(path, output=output, workdir=workdir)
+    assert [job.video.name for job in batch.jobs] == ["videos.mp4"]
+    path.write_text(text.format(".", video, edit))  # videos below it were named on purpose
+    assert len(load(path, output=output, workdir=workdir).jobs) == 2
+    path.write_text(text.format("videos", video, edit))
+    with pytest.raises(ManifestError, match="which are left out"):
+        load(path)

@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from filelock import FileLock, Timeout
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
-from tokenflow_batch.config import StageName
-from tokenflow_batch.errors import ManifestError, VideoError
-from tokenflow_batch.inputs import Inputs
+from tokenflow_batch.config import Job, StageName
+from tokenflow_batch.errors import ManifestError, TokenflowBatchError, VideoError
+from tokenflow_batch.files import tree_bytes
+from tokenflow_batch.inputs import Inputs, Keys
 from tokenflow_batch.ledger import StageFolder
 
 log = logging.getLogger("tokenflow_batch")
@@ -58,6 +57,9 @@ class _Data:
 def keep_within(inputs: Inputs, budget: int) -> int:
     """Free what no job needs, what was used last longest ago first, until the rest fits.
 
+    One process at a time, whatever launch it belongs to: two that see the same excess would both
+    remove it. What goes wrong is told as a warning; nobody's work stops because of it.
+
     Args:
         inputs: of the whole manifest.
         budget: bytes that the work folder may hold.
@@ -65,10 +67,19 @@ def keep_within(inputs: Inputs, budget: int) -> int:
     Returns:
         By how many bytes it still holds more, at least 0.
     """
-    over = _size(inputs.workspace.work) - budget
+    try:
+        with FileLock(inputs.workspace.budget_lock):
+            return _keep_within(inputs, budget)
+    except (OSError, TokenflowBatchError) as error:
+        log.warning("disk budget: nothing more is removed this time: %s", error)
+        return 0
+
+
+def _keep_within(inputs: Inputs, budget: int) -> int:
+    over = tree_bytes(inputs.workspace.work) - budget
     if over <= 0:
         return 0
-    found = [d for d in _data(inputs) if not d.needed and d.folder.finished]
+    found = [d for d in _data(inputs) if not d.needed and d.folder.complete]
     found.sort(key=lambda d: (d.last_used_ns, _FREEABLE.index(d.stage)))
     for data in found:
         over -= _free(inputs, data)
@@ -91,13 +102,15 @@ def warn_if_over(inputs: Inputs, budget: int) -> None:
 
 def _free(inputs: Inputs, data: _Data) -> int:
     lock = FileLock(inputs.workspace.lock(data.stage, data.folder.key), timeout=0)
+    before = tree_bytes(data.folder.folder)
     try:
         with lock:
-            before = _size(data.folder.folder)
             data.folder.free()
-            gone = before - _size(data.folder.folder)
     except Timeout:
-        return 0  # another manifest is at work on it
+        return 0  # another run is at work on it
+    except (OSError, TokenflowBatchError) as error:
+        log.warning("disk budget: %s of %s: %s", data.stage, ", ".join(data.jobs), error)
+    gone = before - tree_bytes(data.folder.folder)
     if gone > 0:
         who = ", ".join(data.jobs)
         log.warning(
@@ -109,11 +122,7 @@ def _free(inputs: Inputs, data: _Data) -> int:
 def _data(inputs: Inputs) -> Iterator[_Data]:
     """All that the manifest's jobs have in their freeable stages, each folder once."""
     found: dict[tuple[StageName, str], _Data] = {}
-    for job in (*inputs.batch.jobs, *inputs.batch.others):
-        try:
-            keys = inputs.keys(job)
-        except VideoError:
-            continue  # it fails without needing anything
+    for job, keys in _known(inputs):
         ends = [_folder(inputs, stage, keys[stage].key) for stage in ("render", "report")]
         done = all(end.complete for end in ends)
         for stage in _FREEABLE:
@@ -126,13 +135,18 @@ def _data(inputs: Inputs) -> Iterator[_Data]:
     yield from found.values()
 
 
+def _known(inputs: Inputs) -> Iterator[tuple[Job, Keys]]:
+    """Jobs whose results can be told. Videos that are left out this time are not read for it."""
+    for job in inputs.batch.jobs:
+        try:
+            yield job, inputs.keys(job)
+        except VideoError:
+            continue  # it fails without needing anything
+    for job in inputs.batch.others:
+        keys = inputs.known_keys(job)
+        if keys is not None:
+            yield job, keys
+
+
 def _folder(inputs: Inputs, stage: StageName, key: str) -> StageFolder:
     return StageFolder(inputs.workspace.stage(stage, key), stage, key)
-
-
-def _size(folder: Path) -> int:
-    total = 0
-    for path in folder.rglob("*"):
-        with suppress(FileNotFoundError):  # other processes write and remove at the same time
-            total += path.stat().st_size if path.is_file() else 0
-    return total

@@ -23,7 +23,7 @@ from torch.distributed import (  # type: ignore[attr-defined]  # re-exported wit
     TCPStore,
 )
 
-from tokenflow_batch.errors import LaunchError
+from tokenflow_batch.errors import LaunchError, revived, told
 
 _POLL = (0.002, 0.1)
 """Seconds between two looks while waiting: at first, and at most."""
@@ -92,13 +92,30 @@ class Team:
         return json.loads(self._store.get(key)) if self._store.check([key]) else None
 
     def agree(self, name: str, compute: Callable[[], Any]) -> Any:
-        """A JSON value that the first process to ask computes, the same for all."""
+        """A JSON value that the first process to ask computes, the same for all.
+
+        Raises:
+            Exception: in the process that computes it, whatever `compute` raises.
+            TokenflowBatchError: in the others, what that was.
+        """
         if self.size == 1:
             return compute()
         if self.claim(f"agree/{name}"):
-            self.put(name, [compute()])
+            try:
+                answer = {"value": compute()}
+            except Exception as error:
+                self.put(name, told(error))  # or the others would wait forever
+                raise
+            self.put(name, answer)
         self.wait(lambda: self.get(name) is not None)
-        return self.get(name)[0]  # type: ignore[index]
+        found: dict[str, Any] = self.get(name) or {}
+        if "value" not in found:
+            raise revived(found["error"], found["message"], found["hint"])
+        return found["value"]
+
+    def count(self, name: str, by: int = 0) -> int:
+        """Add to a number that begins at 0; what it is then."""
+        return int(self._store.add(self._key("count", name), by))
 
     def wait(self, ready: Callable[[], bool], patience: float | None = None) -> bool:
         """Wait until `ready()`; False if that took more than `patience` seconds."""

@@ -111,6 +111,17 @@ class LaunchError(TokenflowBatchError):
     exit_code = 10
 
 
+def told(error: Exception) -> dict[str, str | None]:
+    """An error as plain data for other processes: `error` (class), `message` and `hint`."""
+    if isinstance(error, TokenflowBatchError):
+        # Where the damage lies stays behind: nobody else can act on it.
+        kind = "StoreError" if isinstance(error, DamagedUnit) else type(error).__name__
+        return {"error": kind, "message": error.message, "hint": error.hint}
+    kind = "StoreError" if isinstance(error, OSError) else "TokenflowBatchError"
+    text = f"another process of this launch failed: {type(error).__name__}: {error}"
+    return {"error": kind, "message": text, "hint": "its own message says more"}
+
+
 def revived(kind: str, message: str, hint: str | None) -> TokenflowBatchError:
     """An error of another process, from its class's name and its texts."""
     known = globals().get(kind)

@@ -56,6 +56,16 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def tree_bytes(folder: Path) -> int:
+    """Bytes of all files in a folder; what others remove meanwhile doesn't count."""
+    total = 0
+    for root, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):
+                total += os.lstat(os.path.join(root, name)).st_size  # noqa: PTH118 - many
+    return total
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write JSON atomically and durably."""
     with replacing(path) as temporary:
@@ -71,10 +81,12 @@ class FileMemory:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._known: dict[str, dict[str, Any]] | None = None
+        self._read: tuple[int, int] | None = None
         self._new: dict[str, dict[str, Any]] = {}
 
     def _load(self) -> dict[str, dict[str, Any]]:
         if self._known is None:
+            self._read = self._version()
             try:
                 known = json.loads(self._path.read_text("utf-8"))
             except (OSError, ValueError):
@@ -82,8 +94,23 @@ class FileMemory:
             self._known = known if isinstance(known, dict) else {}
         return self._known
 
+    def _version(self) -> tuple[int, int] | None:
+        try:
+            stat = self._path.stat()
+        except OSError:
+            return None
+        return stat.st_ino, stat.st_mtime_ns
+
     def recall(self, file: Path) -> dict[str, Any] | None:
         """What is remembered of the file, if it is unchanged, without reading it."""
+        found = self._recall(file)
+        if found is None and self._version() != self._read:  # others have learned something since
+            self._known = None
+            self._load().update(self._new)
+            found = self._recall(file)
+        return found
+
+    def _recall(self, file: Path) -> dict[str, Any] | None:
         try:
             entry = self._load()[os.path.realpath(file)]
             return entry if entry["stat"] == _stat(file) else None
@@ -102,6 +129,7 @@ class FileMemory:
             self._known = None  # others may have added theirs since
             self._load().update(self._new)
             write_json(self._path, self._known)
+            self._read = self._version()
         self._new = {}
 
 

@@ -24,7 +24,7 @@ from tokenflow_batch.ledger import StageFolder
 from tokenflow_batch.measured import Measured, stored_bytes
 from tokenflow_batch.model_shape import ModelShape
 from tokenflow_batch.plan import layout_of, rows, unet_calls
-from tokenflow_batch.status import stage_status
+from tokenflow_batch.status import StageStatus, needed_again, stage_status
 from tokenflow_batch.tokenflow.modes import MODES
 
 RECORD, FILE, STAGE_FILES = 170, 190, 1900
@@ -34,7 +34,8 @@ PIXEL_BYTES: Mapping[StageName, float] = {"render": 4.0, "report": 8.0}
 RATIO = 0.5
 """Compressed over plain correspondences where nothing was measured: a guess."""
 
-State = Literal["done", "shared", "begun", "to do"]
+State = Literal["done", "freed", "shared", "begun", "again", "to do"]
+"""`freed`: done, its data removed since to keep the disk budget; `again`: so, but needed again."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,8 @@ class StageCost:
     """What a stage of a job still costs; nothing where it is done or shared.
 
     Attributes:
-        state: done already, shared with an earlier job, half done, or to do.
+        state: done already (freed: and removed since), shared with an earlier job, half done,
+            to do (again: its data were removed).
         rows: UNet rows.
         seconds: None where no rate is known.
         bytes: what it adds to the work folder and keeps.
@@ -160,6 +162,7 @@ class _Counting:
         self.guessed = False
         self._new_headers = False
         self._taken: set[str] = set()
+        self._found: dict[str, StageStatus] = {}
         self._sizes: dict[str, ClipSize] = {}
 
     def headers_changed(self) -> None:
@@ -184,22 +187,35 @@ class _Counting:
         frame_shape = self.shape.frame_shape(working)
         pixels = output[0] * output[1] / self.shape.vae_factor**2
         counted = _Job(self, job, clip, frame_shape, pixels)
-        stages = {stage: self._stage(counted, stage, keys) for stage in STAGES}
+        found = {stage: self._look(stage, keys[stage].key) for stage in STAGES}
+        again = needed_again({stage: now.state for stage, now in found.items()})
+        stages = {s: self._stage(counted, s, keys, found[s], again=s in again) for s in STAGES}
         published = sum(stages[stage].bytes for stage in ("render", "report"))
         return JobCost(job, clip, frame_shape[1:], stages, published)
 
-    def _stage(self, counted: _Job, stage: StageName, keys: Keys) -> StageCost:
+    def _look(self, stage: StageName, key: str) -> StageStatus:
+        if key not in self._found:
+            self._found[key] = stage_status(self._folder(stage, key))
+        return self._found[key]
+
+    def _folder(self, stage: StageName, key: str) -> StageFolder:
+        return StageFolder(self.workspace.stage(stage, key), stage, key)
+
+    def _stage(
+        self, counted: _Job, stage: StageName, keys: Keys, now: StageStatus, *, again: bool
+    ) -> StageCost:
         key = keys[stage].key
         if key in self._taken:
             return StageCost("shared", key=key)
+        if now.state == "freed" and not again:
+            return StageCost("freed", key=key)  # an edit further down may need it
         self._taken.add(key)
-        folder = StageFolder(self.workspace.stage(stage, key), stage, key)
-        now = stage_status(folder)
         if now.state == "done":
             return StageCost("done", key=key)
         cost = counted.cost(stage, keys)
-        if not now.units:
-            return StageCost("to do", *cost, key)
+        if again or not now.units:
+            return StageCost("again" if again else "to do", *cost, key)
+        folder = self._folder(stage, key)
         work, seconds, kept, scratch = cost
         there = folder.totals().get("rows", 0)
         left = 1 - there / work if work else 1.0

@@ -10,6 +10,7 @@ from filelock import FileLock, Timeout
 
 from tokenflow_batch.config import STAGES, Batch, StageName
 from tokenflow_batch.errors import StoreError
+from tokenflow_batch.files import tree_bytes
 from tokenflow_batch.inputs import Inputs
 from tokenflow_batch.paths import Workspace
 
@@ -49,27 +50,30 @@ def unneeded(batch: Batch) -> list[Unneeded]:
     for stage in STAGES:
         root = inputs.workspace.work / stage
         there = sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
-        found += [Unneeded(stage, path, _size(path)) for path in there if path not in needed]
+        found += [Unneeded(stage, path, tree_bytes(path)) for path in there if path not in needed]
     return found
 
 
 def remove(workspace: Workspace, item: Unneeded) -> bool:
-    """Remove a folder; False where another process works in it."""
+    """Remove a folder; False where another process works in it.
+
+    Raises:
+        StoreError: it can't be removed.
+    """
     key = item.path.name.removesuffix(".removed")
     lock = FileLock(workspace.lock(item.stage, key), timeout=0)
     try:
         with lock:
             aside = item.path.with_name(f"{key}.removed")
             if item.path != aside:
-                shutil.rmtree(aside, ignore_errors=True)
+                if aside.exists():  # of a removal that was killed
+                    shutil.rmtree(aside)
                 item.path.rename(aside)  # first, so that a kill leaves no half of it
             shutil.rmtree(aside)
     except Timeout:
         return False
+    except FileNotFoundError:
+        return True  # others have removed it, or are just at it
     except OSError as error:
         raise StoreError(f"{item.path}: can't be removed: {error.strerror}") from None
     return True
-
-
-def _size(path: Path) -> int:
-    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())

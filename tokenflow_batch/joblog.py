@@ -2,6 +2,8 @@
 
 WORK/logs/<clip>.<edit>.jsonl        one event a line: time, clip, edit, event, facts
 WORK/logs/<clip>.<edit>.error.json   why the job failed last; gone once it succeeds
+
+A dot in a clip's name is written as %2E, a percent sign as %25.
 """
 
 from __future__ import annotations
@@ -38,7 +40,8 @@ class JobLog:
 
     @property
     def _stem(self) -> str:
-        name = f"{self.clip}.{self.edit}"
+        clip = self.clip.replace("%", "%25").replace(".", "%2E")
+        name = f"{clip}.{self.edit}"  # whose first dot parts the two
         if len(name.encode()) <= 200:
             return name
         return hashlib.sha256(name.encode()).hexdigest()[:32]  # too long for a file's name

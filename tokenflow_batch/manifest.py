@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import glob
 from collections.abc import Iterable, Sequence
+from itertools import takewhile
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -104,22 +105,25 @@ def load(
     assert top is not None  # noqa: S101 - stop() has raised otherwise
     _split(top.defaults, None, ("defaults",), problems)
     jobs: list[Job] = []
+    given = path.parent / Path(top.output).expanduser()
+    results = [p.resolve() for p in (given, output, workdir) if p is not None]
     for index in range(len(top.clips)):
-        jobs += _clip_jobs(path, top, index, problems)
+        jobs += _clip_jobs(path, top, index, results, problems)
     _refuse_equal_names(jobs, problems)
     _check_naming(top.naming, jobs, problems)
     problems.stop()
-    out = output or path.parent / Path(top.output).expanduser()
+    out = output or given
     return Batch(tuple(jobs), out, workdir or out / ".work", top.runtime, top.naming)
 
 
-def _clip_jobs(path: Path, top: ManifestFile, index: int, problems: Problems) -> list[Job]:
+def _clip_jobs(
+    path: Path, top: ManifestFile, index: int, results: Sequence[Path], problems: Problems
+) -> list[Job]:
     where: Where = ("clips", index)
     entry, shared = _split(top.clips[index], ClipEntry, where, problems)
     if entry is None:
         return []
-    output = path.parent / Path(top.output).expanduser()
-    found = _videos(path.parent, entry, output, where, problems)
+    found = _videos(path.parent, entry, results, where, problems)
     videos = [(v, _clip_name(entry, v, where, problems)) for v in found]
     edits: list[tuple[EditEntry, Settings, int]] = []
     for number, compact in enumerate(entry.edits):
@@ -245,28 +249,42 @@ def _conv_steps(edits: Sequence[Settings]) -> dict[int, int]:
 
 
 def _videos(
-    root: Path, entry: ClipEntry, output: Path, where: Where, problems: Problems
+    root: Path, entry: ClipEntry, results: Sequence[Path], where: Where, problems: Problems
 ) -> list[Path]:
-    """The files that `video` names: one file, a glob's matches, or a folder's videos."""
+    """The files that `video` names: one file, a glob's matches, or a folder's videos.
+
+    A search leaves the folders of `results` (resolved) out, unless it begins inside of them.
+    """
     target = root / Path(entry.video).expanduser()
     try:
         if target.is_dir():
-            inside = (p for p in target.rglob("*") if _is_video(p.relative_to(target), target))
-            found = sorted(p for p in inside if not p.is_relative_to(output))
+            matched = [p for p in target.rglob("*") if _is_video(p.relative_to(target), target)]
+            found = _sources(matched, target, results)
             nothing = f"no video files in folder {target}"
         elif glob.has_magic(entry.video) and not target.exists():
-            matches = glob.glob(str(target), recursive=True)  # noqa: PTH207 - takes any pattern
-            found = sorted(p for p in map(Path, matches) if p.is_file())
+            names = glob.glob(str(target), recursive=True)  # noqa: PTH207 - takes any pattern
+            matched = [p for p in map(Path, names) if p.is_file()]
+            plain = takewhile(lambda part: not glob.has_magic(part), target.parts)
+            found = _sources(matched, Path(*plain), results)
             nothing = f"no file matches {target}"
         else:
             return [target]  # a missing file is that job's failure, not the batch's
     except (OSError, ValueError) as error:
-        found, nothing = [], f"{entry.video!r} can't be looked up: {error}"
+        matched, found, nothing = [], [], f"{entry.video!r} can't be looked up: {error}"
+    if matched and not found:
+        nothing += " but for some in the output or work folder, which are left out"
     if not found:
         problems.add((*where, "video"), nothing)
     if entry.name is not None and len(found) > 1:
         problems.add((*where, "name"), f"one name for {len(found)} videos: leave it out")
     return found
+
+
+def _sources(found: Iterable[Path], top: Path, results: Sequence[Path]) -> list[Path]:
+    """Sorted, without what an earlier run may have written."""
+    start = top.resolve()
+    left_out = [p for p in results if start == p or not start.is_relative_to(p)]
+    return sorted(p for p in found if not any(map(p.resolve().is_relative_to, left_out)))
 
 
 def _clip_name(entry: ClipEntry, video: Path, where: Where, problems: Problems) -> str:

@@ -16,6 +16,7 @@ class Workspace:
     OUTPUT/<clip>/<edit>/metrics.json        and contact_sheet.png, side_by_side.mp4
     WORK/<stage>/<key>/                      a stage's result: ledger.StageFolder
     WORK/<stage>/<key>.lock                  held while a process works on it
+    WORK/budget.lock                         held while a process keeps the disk budget
     WORK/digests.json                        files already digested, by path, size and mtime
     WORK/headers.json                        lengths and sizes of videos, by the same
     WORK/logs/                               events and errors of jobs: joblog.JobLog
@@ -46,6 +47,11 @@ class Workspace:
     def lock(self, stage: StageName, key: str) -> Path:
         """The lock of a stage's folder."""
         return self.work / stage / f"{key}.lock"
+
+    @property
+    def budget_lock(self) -> Path:
+        """Held while a process keeps the work folder within its disk budget."""
+        return self.work / "budget.lock"
 
     @property
     def digests(self) -> Path:

@@ -15,7 +15,9 @@ import torch
 
 from tokenflow_batch.config import Job, StageName
 from tokenflow_batch.errors import (
+    DamagedUnit,
     DiskFullError,
+    LockedError,
     OutOfMemoryError,
     StoreError,
     TokenflowBatchError,
@@ -32,7 +34,7 @@ from tokenflow_batch.stages.report import METRICS, REPORT, SHEET, SIDE_BY_SIDE
 log = logging.getLogger("tokenflow_batch")
 
 Outcome = dict[str, Any]
-"""A job's end as plain data, for every process of a team (`Runner._outcome`)."""
+"""A job's end as plain data, for every process of a team (`outcome_of`)."""
 
 _NO_MEMORY = "DefaultCPUAllocator: can't allocate memory"  # torch has no class for it
 
@@ -62,6 +64,30 @@ class JobResult:
         self.skipped += fresh
         self.outputs += [Path(p) for p in told["outputs"] if Path(p) not in self.outputs]
         self.error = told["error"] and revived(told["error"], told["message"], told["hint"])
+
+
+def outcome_of(result: JobResult, workspace: Workspace, error: Exception | None) -> Outcome:
+    """A job's end as plain data."""
+    return {
+        "job": result.job.name,
+        "ran": result.ran,
+        "skipped": result.skipped,
+        "outputs": [str(path) for path in result.outputs],
+        **failure(result.job, workspace, error),
+    }
+
+
+def failure(job: Job, workspace: Workspace, error: Exception | None) -> Outcome:
+    """The part of an outcome that says why; all of it None or False without an error."""
+    told = None if error is None else translate(job, workspace, error)
+    damaged = [error.stage, error.key, error.unit] if isinstance(error, DamagedUnit) else None
+    return {
+        "error": told and type(told).__name__,
+        "message": told and told.message,
+        "hint": told and told.hint,
+        "damaged": damaged,
+        "locked": isinstance(error, LockedError),
+    }
 
 
 def publish(context: StageContext, stage: StageName, result: JobResult) -> None:

@@ -6,36 +6,28 @@ The one place that catches a stage's errors. One bad job never stops the batch.
 from __future__ import annotations
 
 import logging
-import shutil
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from pathlib import Path
-from typing import cast
-
-from filelock import FileLock, Timeout
+from collections.abc import Sequence
 
 from tokenflow_batch.config import STAGES, Batch, Job, StageName
 from tokenflow_batch.disk import keep_within, warn_if_over
 from tokenflow_batch.distributed import Team
-from tokenflow_batch.errors import (
-    DamagedUnit,
-    LockedError,
-    MissingInput,
-    TokenflowBatchError,
-)
+from tokenflow_batch.errors import MissingInput
 from tokenflow_batch.inputs import Inputs
 from tokenflow_batch.joblog import JobLog
-from tokenflow_batch.ledger import COMPLETE, StageFolder
+from tokenflow_batch.ledger import COMPLETE
+from tokenflow_batch.locks import StageLocks
 from tokenflow_batch.models import Compute, Model, load, resolve
+from tokenflow_batch.renewal import Renewal
 from tokenflow_batch.results import (
     JobResult,
     Outcome,
+    failure,
     longest_first,
     mendable,
+    outcome_of,
     publish,
     say_failed,
-    translate,
 )
 from tokenflow_batch.stages import IMPLEMENTATIONS
 from tokenflow_batch.stages.base import Progress, StageContext
@@ -74,7 +66,8 @@ class Runner:
         self.inputs = Inputs.of(batch)
         self._model: Model | None = None
         self._mended: set[tuple[str, ...]] = set()
-        self._locks: list[FileLock] = []
+        self._locks = StageLocks(self.team, self.inputs.workspace)
+        self._renewal = Renewal(self.inputs, self._locks)
 
     def run(
         self,
@@ -96,7 +89,23 @@ class Runner:
             What became of the jobs that were begun, in the manifest's order; the same in every
             process of a team.
         """
-        failed = self.team.agree("force", lambda: self._force(force))
+        try:
+            results = self._rounds(stages, force, keep_going, disk_budget)
+        finally:
+            self._locks.release()
+        if disk_budget is not None and self.team.leads:
+            warn_if_over(self.inputs, disk_budget)
+        return results
+
+    def _rounds(
+        self,
+        stages: Sequence[StageName],
+        force: Sequence[StageName],
+        keep_going: bool,
+        disk_budget: int | None,
+    ) -> list[JobResult]:
+        """Rounds over the jobs, until none is left that another round can mend."""
+        failed = self.team.agree("force", lambda: self._renewal.force(self.batch.jobs, force))
         results = {job.name: JobResult(job) for job in self.batch.jobs}
         for name, outcome in failed.items():
             results[name].take(outcome)
@@ -105,19 +114,28 @@ class Runner:
             todo = []
         begun = set(failed)
         while todo:
-            self._revive(todo, stages)
-            told = self._round(todo, stages, keep_going=keep_going, disk_budget=disk_budget)
+            told = self._revived(todo, stages, keep_going)
+            ready = [job for job in todo if job.name not in told]
+            told |= self._round(ready, stages, keep_going=keep_going, disk_budget=disk_budget)
             todo = [job for job in todo if job.name in told]
             begun |= set(told)
             for job in todo:
                 results[job.name].take(told[job.name])
-            todo = self._again([(job, told[job.name]) for job in todo], stages)
+            todo = self._again([(results[job.name], told[job.name]) for job in todo], stages)
             self.team.next_epoch()
             if any(told[job.name]["locked"] for job in todo):
                 time.sleep(_LOCKED_PAUSE)
-        if disk_budget is not None and self.team.leads:
-            warn_if_over(self.inputs, disk_budget)
         return [result for name, result in results.items() if name in begun]
+
+    def _revived(
+        self, jobs: Sequence[Job], stages: Sequence[StageName], keep_going: bool
+    ) -> dict[str, Outcome]:
+        """Have freed stages begun anew; the outcomes of jobs where that failed."""
+        stuck: dict[str, Outcome]
+        stuck = self.team.agree("revive", lambda: self._renewal.revive(jobs, stages))
+        if not keep_going and not all(map(mendable, stuck.values())):
+            self.team.put("stop", "revive")
+        return dict(stuck)
 
     def _round(
         self,
@@ -144,15 +162,13 @@ class Runner:
             for job in open_jobs:
                 self._help(job, stages, None if len(open_jobs) == 1 else _PATIENCE)
         self.team.barrier("round")
-        for lock in self._locks:
-            lock.release()
-        self._locks.clear()
+        self._locks.release()
         told = {job.name: self.team.get(f"outcome/{job.name}") for job in jobs}
         return {name: outcome for name, outcome in told.items() if outcome}
 
     def _attempt(self, job: Job, stages: Sequence[StageName]) -> Outcome:
         """See a job of one's own through; never raises what the batch should survive."""
-        result = JobResult(job)
+        result, workspace = JobResult(job), self.inputs.workspace
         trouble = f"trouble/{job.name}"
         sharing = Sharing(self.team, over=lambda: self.team.get(trouble) is not None)
         try:
@@ -161,15 +177,17 @@ class Runner:
             for stage in stages:
                 self._stage(context, stage, result)
                 publish(context, stage, result)
-        except JobOver:
-            return cast(Outcome, self.team.get(trouble))
+        except JobOver as over:  # another process has failed in what this one waited for
+            why = over.told or self.team.get(trouble) or {}
+            outcome = {**outcome_of(result, workspace, None), **why}
         except Exception as error:  # the batch goes on, whatever it was
-            outcome = self._outcome(result, error)
-            if not mendable(outcome):
-                say_failed(job, self.inputs.workspace, outcome)
-            return outcome
-        self._log(job).succeeded()
-        return self._outcome(result, None)
+            outcome = outcome_of(result, workspace, error)
+        else:
+            self._log(job).succeeded()
+            return outcome_of(result, workspace, None)
+        if not mendable(outcome):
+            say_failed(job, workspace, outcome)
+        return outcome
 
     def _help(self, job: Job, stages: Sequence[StageName], patience: float | None) -> None:
         """Take part in a job that belongs to another process, as long as there is work."""
@@ -184,19 +202,22 @@ class Runner:
                 if over():
                     return
                 self._stage(context, stage, JobResult(job))
-        except (JobOver, NothingToDo):
+        except NothingToDo:
             return
-        except Exception as error:  # the owner, who may be waiting for this unit, has to know
-            self.team.put(f"trouble/{job.name}", self._outcome(JobResult(job), error))
+        except JobOver:
+            pass
+        except Exception as error:  # the owner, who may be waiting for this process, has to know
+            self.team.put(f"trouble/{job.name}", failure(job, self.inputs.workspace, error))
             patience = None
         self.team.wait(over, patience)  # for the owner's last words
 
     def _again(
-        self, ended: Sequence[tuple[Job, Outcome]], stages: Sequence[StageName]
+        self, ended: Sequence[tuple[JobResult, Outcome]], stages: Sequence[StageName]
     ) -> list[Job]:
         """The jobs whose failure another round can mend; prepares it."""
         jobs, earlier = [], frozenset(self._mended)
-        for job, outcome in ended:
+        for result, outcome in ended:
+            job = result.job
             if not mendable(outcome):
                 continue
             damage = tuple(outcome["damaged"] or ())
@@ -204,43 +225,35 @@ class Runner:
                 if self.team.leads:
                     say_failed(job, self.inputs.workspace, outcome)
                 continue
-            jobs.append(job)
             if damage and damage not in self._mended:
+                if not self._mend(result, outcome):
+                    continue
                 self._mended.add(damage)
-                self._mend(job, outcome)
             elif outcome["locked"] and self.team.leads:
                 log.warning("%s: %s; waiting for it", job.name, outcome["message"])
+            jobs.append(job)
         return jobs
 
-    def _mend(self, job: Job, outcome: Outcome) -> None:
-        """Forget a damaged unit, and whatever else of its stage is visibly damaged."""
-        stage, key, unit = outcome["damaged"]
+    def _mend(self, result: JobResult, outcome: Outcome) -> bool:
+        """Have a damaged unit forgotten; False, and the job has failed, if that can't be done."""
+        job, (stage, key, unit) = result.job, outcome["damaged"]
 
-        def forget() -> int:
-            folder = StageFolder(self.inputs.workspace.stage(stage, key), stage, key)
-            folder.forget(unit)
-            return folder.forget_flawed()
+        def forget() -> Outcome:
+            try:
+                return {"more": self._renewal.mend(stage, key, unit)}
+            except OSError as error:
+                return failure(job, self.inputs.workspace, error)
 
-        more = self.team.agree(f"mend/{stage}/{key}/{unit}", forget)
+        found: Outcome = self.team.agree(f"mend/{stage}/{key}/{unit}", forget)
+        if "more" not in found:
+            result.take({**outcome, **found})
+            if self.team.leads:
+                say_failed(job, self.inputs.workspace, found)
+            return False
         if self.team.leads:
-            what = f"it and {more} more units are" if more else "it is"
+            what = f"it and {found['more']} more units are" if found["more"] else "it is"
             self._log(job).warn(f"{job.name}: {outcome['message']}; {what} computed again")
-
-    def _outcome(self, result: JobResult, error: Exception | None) -> Outcome:
-        """A job's end as plain data, for every process of the team."""
-        told = None if error is None else translate(result.job, self.inputs.workspace, error)
-        damaged = [error.stage, error.key, error.unit] if isinstance(error, DamagedUnit) else None
-        return {
-            "job": result.job.name,
-            "ran": result.ran,
-            "skipped": result.skipped,
-            "outputs": [str(path) for path in result.outputs],
-            "error": told and type(told).__name__,
-            "message": told and told.message,
-            "hint": told and told.hint,
-            "damaged": damaged,
-            "locked": isinstance(error, LockedError),
-        }
+        return True
 
     def _stage(self, context: StageContext, stage: StageName, result: JobResult) -> None:
         implementation, folder = IMPLEMENTATIONS[stage], context.folder(stage)
@@ -255,109 +268,44 @@ class Runner:
                     f"{stage} needs {needed}, which {state}",
                     hint=f"run `tokenflow-batch {needed}` first, or `tokenflow-batch run`",
                 )
-        with self._locked(context, stage):
+        with self._locks.shared(stage, folder.key, context.job.name):
             if not folder.complete:  # another run may have finished it meanwhile
                 self._work(context, stage)
         result.ran.append(stage)
 
     def _work(self, context: StageContext, stage: StageName) -> None:
-        folder, told, began = context.folder(stage), self._log(context.job), time.perf_counter()
-        told.event("stage started", stage=stage, key=folder.key)
+        folder, sharing = context.folder(stage), context.sharing
+        told, once = self._log(context.job), f"{context.job.name}/{stage}"
+        if self.team.claim(f"begin/{once}"):  # helpers come and go
+            self.team.put(f"began/{once}", time.time())
+            told.event("stage started", stage=stage, key=folder.key)
         folder.open(context.keys[stage].described, self.compute.numerics())
         try:
-            IMPLEMENTATIONS[stage].run(context, folder)
-            context.sharing.once(folder, COMPLETE, lambda: folder.finish({}))
+            self._share(context, stage)
+        except (JobOver, NothingToDo):
+            raise
+        except Exception as error:
+            folder.abandon()
+            if sharing.owes(folder):  # to other jobs' processes, too, if they share the stage
+                sharing.fail(folder, failure(context.job, self.inputs.workspace, error))
+            raise
         finally:
             folder.abandon()  # before the lock goes
-        seconds = round(time.perf_counter() - began, 3)
-        rows = folder.totals().get("rows", 0)
-        told.event("stage finished", stage=stage, seconds=seconds, rows=rows)
+        if self.team.claim(f"end/{once}"):
+            seconds = round(time.time() - (self.team.get(f"began/{once}") or time.time()), 3)
+            rows = folder.totals().get("rows", 0)
+            told.event("stage finished", stage=stage, seconds=seconds, rows=rows)
 
-    @contextmanager
-    def _locked(self, context: StageContext, stage: StageName) -> Iterator[None]:
-        """Keep other runs out of a stage, by a lock that is released if this process dies.
-
-        One process of a team holds it for all, until it leaves the stage: by then it is done.
-        """
-        key = context.keys[stage].key
-        path = self.inputs.workspace.lock(stage, key)
-        lock = FileLock(path, timeout=0)
-
-        def acquire() -> bool:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                lock.acquire()
-            except Timeout:
-                return False
-            return True
-
-        if not self.team.agree(f"lock/{stage}/{key}", acquire):
-            raise LockedError(
-                f"{stage} of {context.job.name} is being worked on by another run",
-                hint="wait for it, or run again later: nothing is lost",
-            )
+    def _share(self, context: StageContext, stage: StageName) -> None:
+        """Do this process's part of a stage."""
+        folder, sharing = context.folder(stage), context.sharing
         try:
-            yield
-        except NothingToDo:
-            self._locks.append(lock)  # others go on: keep it for them until the round ends
+            IMPLEMENTATIONS[stage].run(context, folder)
+            sharing.quiet(folder)
+            sharing.once(folder, COMPLETE, lambda: folder.finish({}))
+        except (JobOver, NothingToDo):
+            folder.settle()  # others wait for what is behind: if it fails, that is an error
             raise
-        except BaseException:
-            lock.release()
-            raise
-        lock.release()
-
-    def _force(self, stages: Sequence[StageName]) -> dict[str, Outcome]:
-        """Begin stages of all jobs anew; returns the outcomes of jobs where that failed."""
-        forced: set[Path] = set()
-        failed = {}
-        for job in self.batch.jobs:
-            try:
-                context = self.context(job)
-                for stage in stages:
-                    self._begin_anew(context, stage, forced)
-            except Exception as error:  # the batch goes on
-                failed[job.name] = self._outcome(JobResult(job), error)
-                say_failed(job, self.inputs.workspace, failed[job.name])
-        return failed
-
-    def _begin_anew(self, context: StageContext, stage: StageName, forced: set[Path]) -> None:
-        """Remove a stage's result, and those of later stages, which came from it."""
-        for later in STAGES[STAGES.index(stage) :]:
-            folder = context.folder(later).folder
-            if folder in forced:
-                continue
-            forced.add(folder)
-            self._remove(context, later)
-
-    def _revive(self, jobs: Sequence[Job], stages: Sequence[StageName]) -> None:
-        """Begin those stages anew whose data were removed to save space and are needed again."""
-
-        def revive() -> None:
-            for job in jobs:
-                with suppress(TokenflowBatchError):  # which the job will meet again, and tell
-                    self._revive_job(self.context(job), stages)
-
-        self.team.agree("revive", revive)
-        self.team.next_epoch()  # whose locks were free
-
-    def _revive_job(self, context: StageContext, stages: Sequence[StageName]) -> None:
-        wanted: set[StageName] = set()
-        for stage in reversed(STAGES):
-            folder = context.folder(stage)
-            again = stage in wanted and folder.finished and folder.freed
-            if again and stage in stages:
-                self._remove(context, stage)
-            if again or not folder.complete:
-                wanted.update(IMPLEMENTATIONS[stage].inputs)
-
-    def _remove(self, context: StageContext, stage: StageName) -> None:
-        folder = context.folder(stage).folder
-        with self._locked(context, stage):
-            if folder.exists():
-                aside = folder.with_name(f"{folder.name}.removed")
-                shutil.rmtree(aside, ignore_errors=True)
-                folder.rename(aside)  # first, so that a kill leaves no half of it
-                shutil.rmtree(aside)
 
     @property
     def model(self) -> Model:

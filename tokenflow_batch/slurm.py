@@ -95,7 +95,7 @@ def missing(batch: Batch, queued: frozenset[str]) -> Missing:
     gpu, cpu, waiting, complete = [], [], [], 0
     for clip, rows in clips.items():
         pattern = f"{glob.escape(clip)}/*"
-        lacking = {s for row in rows for s, found in row.stages.items() if found.state != "done"}
+        lacking = {stage for row in rows for stage in row.lacking}
         if not lacking and all(row.published for row in rows):
             complete += 1
         elif pattern in queued:

@@ -14,9 +14,10 @@ from tokenflow_batch.joblog import JobLog
 from tokenflow_batch.ledger import StageFolder
 from tokenflow_batch.paths import Workspace
 
-State = Literal["done", "running", "begun", "waiting", "damaged", "unknown"]
-"""`running`: a process of this machine holds its lock. `unknown`: an input file has changed or was
-never read, so its digest is not known."""
+State = Literal["done", "freed", "running", "begun", "waiting", "damaged", "unknown"]
+"""`freed`: done, its data removed since to keep the disk budget. `running`: a process of this
+machine holds its lock. `unknown`: an input file has changed or was never read, so its digest is not
+known."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,24 @@ class JobStatus:
     stages: dict[StageName, StageStatus]
     published: bool
     error: str | None = None
+
+    @property
+    def lacking(self) -> set[StageName]:
+        """The stages that a run would have to compute."""
+        states = {stage: found.state for stage, found in self.stages.items()}
+        return {s for s in states if states[s] not in ("done", "freed")} | needed_again(states)
+
+
+def needed_again(states: Mapping[StageName, State]) -> set[StageName]:
+    """Freed stages of a job that stages read which are not done, or are needed again themselves."""
+    wanted: set[StageName] = set()
+    again: set[StageName] = set()
+    for stage in reversed(STAGES):
+        if stage in wanted and states[stage] == "freed":
+            again.add(stage)
+        if stage in again or states[stage] not in ("done", "freed"):
+            wanted.update(STAGE_INPUTS[stage])
+    return again
 
 
 def status(batch: Batch) -> list[JobStatus]:
@@ -85,7 +104,8 @@ class _Looking:
             there = self._there[stage]
             folder = StageFolder(self.workspace.stage(stage, key), stage, key)
             found = stage_status(folder) if key in there else StageStatus("waiting", 0, key)
-            if found.state != "done" and f"{key}.lock" in there and self._locked(stage, key):
+            settled = found.state in ("done", "freed")
+            if not settled and f"{key}.lock" in there and self._locked(stage, key):
                 found = replace(found, state="running")
             self._seen[stage, key] = found
         return self._seen[stage, key]
@@ -119,7 +139,7 @@ def stage_status(folder: StageFolder) -> StageStatus:
     """The state of one stage folder."""
     units = sum(1 for _ in folder.units())
     if folder.complete:
-        return StageStatus("done", units, folder.key)
+        return StageStatus("freed" if folder.freed else "done", units, folder.key)
     try:
         finished = folder.finished
     except DamagedUnit:
@@ -164,21 +184,27 @@ def _steps(
     if not job.video.is_file():
         return {stage: Step("fail", f"{job.video}: no such file") for stage in stages}
     first_forced = min((STAGES.index(stage) for stage in force), default=len(STAGES))
-    there = {stage for stage in STAGES if now[stage].state == "done"}
-    there -= set(STAGES[first_forced:])
+    states: dict[StageName, State] = {
+        stage: "waiting" if index >= first_forced else now[stage].state
+        for index, stage in enumerate(STAGES)
+    }
+    again = needed_again(states)
+    there = {s for s in STAGES if states[s] in ("done", "freed") and s not in again}
     steps: dict[StageName, Step] = {}
     for stage in stages:
         found = now[stage]
         missing = [needed for needed in STAGE_INPUTS[stage] if needed not in there]
         if stage in there:
-            steps[stage] = Step("skip", "done")
+            freed = "done; its data were removed to keep the disk budget"
+            steps[stage] = Step("skip", freed if found.state == "freed" else "done")
         elif found.key in taken:
             steps[stage] = Step("skip", f"the same work as {taken[found.key]}, done there")
             there.add(stage)
         elif missing:
             steps[stage] = Step("fail", f"needs {', '.join(missing)}: run that first")
         else:
-            anew = STAGES.index(stage) >= first_forced and found.state in ("done", "begun")
+            begun = found.state in ("done", "freed", "begun")
+            anew = STAGES.index(stage) >= first_forced and begun
             steps[stage] = Step("run", "begun anew, by --force" if anew else _reason(found))
             there.add(stage)
             if found.key is not None:
@@ -191,5 +217,6 @@ def _reason(found: StageStatus) -> str:
         "running": "running in another process now",
         "begun": f"begun: goes on after {found.units} units",
         "damaged": "damaged: what is missing is computed again",
+        "freed": "needed again: its data were removed to keep the disk budget",
         "unknown": "the video or the model has changed or was not read yet",
     }.get(found.state, "not begun")

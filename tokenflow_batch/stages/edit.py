@@ -219,8 +219,9 @@ class _Editing:
         for chunk in sharing.share(folder, chunks):
             self._advance(step, chunk, drawn, s.first_step, sampler)
         advance(self.clip.frames)
-        if sharing.mine(folder, f"drop-{step}"):
-            _drop_step(folder, step, self.layout.windows, self.clip)
+        with sharing.busy(folder):
+            if sharing.mine(folder, f"drop-{step}"):
+                _drop_step(folder, step, self.layout.windows, self.clip)
         folder.release(_units_of(step, self.layout.windows, self.clip))
 
     def _window(self, step: int, window: Window, drawn: Sequence[int]) -> None:

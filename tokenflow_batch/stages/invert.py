@@ -66,11 +66,12 @@ class Invert(Stage):
                     folder.release(unit_name("invert", (i - 2, c.index)) for c in clip.chunks)
                 step = i
                 before = unit_name("invert", (i - 1, chunk.index))
-                if i > 0:
-                    sharing.wait_for(folder, [before])  # another process may be at it
-                work.unit(i, chunk)
-                if i > 0 and not kept[i - 1]:
-                    folder.drop(before)
+                with sharing.busy(folder):
+                    if i > 0:
+                        sharing.wait_for(folder, [before])  # another process may be at it
+                    work.unit(i, chunk)
+                    if i > 0 and not kept[i - 1]:
+                        folder.drop(before)
                 advance(len(chunk))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
@@ -38,9 +39,12 @@ class Render(Stage):
         if not folder.committed(VIDEO):
             _render_segments(context, folder, clip, units)
             sharing.once(folder, VIDEO, lambda: _join(context, folder, clip, units))
-        if sharing.mine(folder, "drop"):
-            for unit in units:
-                folder.drop(unit)
+        with sharing.busy(folder):
+            if sharing.mine(folder, "drop"):
+                for unit in units:
+                    folder.drop(unit)
+                # And what killed processes have left there.
+                shutil.rmtree(folder.folder / "segments", ignore_errors=True)
 
 
 def _forget_dropped(folder: StageFolder, units: Iterable[str]) -> None:

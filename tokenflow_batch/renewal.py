@@ -1,0 +1,108 @@
+"""What is begun anew: forced stages, freed ones that are needed again, damaged units.
+
+All of it is done by one process between rounds, while the others of its team wait.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from tokenflow_batch.config import STAGES, Job, StageName
+from tokenflow_batch.errors import VideoError
+from tokenflow_batch.inputs import Inputs
+from tokenflow_batch.ledger import StageFolder
+from tokenflow_batch.locks import StageLocks
+from tokenflow_batch.results import JobResult, Outcome, mendable, outcome_of, say_failed
+from tokenflow_batch.status import State, needed_again
+
+
+class Renewal:
+    """Makes done work not done.
+
+    Args:
+        inputs: of the batch.
+        locks: this process's.
+    """
+
+    def __init__(self, inputs: Inputs, locks: StageLocks) -> None:
+        self.inputs, self.locks = inputs, locks
+
+    def force(self, jobs: Sequence[Job], stages: Sequence[StageName]) -> dict[str, Outcome]:
+        """Begin stages of all jobs anew, and later ones, which came from them.
+
+        Returns:
+            The outcomes of jobs where that failed.
+        """
+        forced: set[Path] = set()
+        failed = {}
+        for job in jobs:
+            try:
+                for stage in stages:
+                    for later in STAGES[STAGES.index(stage) :]:
+                        self._remove(job, later, forced)
+            except Exception as error:  # the batch goes on
+                failed[job.name] = outcome_of(JobResult(job), self.inputs.workspace, error)
+                say_failed(job, self.inputs.workspace, failed[job.name])
+        return failed
+
+    def revive(self, jobs: Sequence[Job], stages: Sequence[StageName]) -> dict[str, Outcome]:
+        """Begin those stages anew whose data were removed to save space and are needed again.
+
+        Returns:
+            The outcomes of jobs where that failed; where another run is in the way, it is worth
+            another try (`results.mendable`).
+        """
+        failed = {}
+        for job in jobs:
+            try:
+                with suppress(VideoError):  # which the job will meet again, and tell
+                    for stage in self._freed(job):
+                        if stage in stages:
+                            self._remove(job, stage, set())
+            except Exception as error:  # the batch goes on
+                failed[job.name] = outcome_of(JobResult(job), self.inputs.workspace, error)
+                if not mendable(failed[job.name]):
+                    say_failed(job, self.inputs.workspace, failed[job.name])
+        return failed
+
+    def mend(self, stage: StageName, key: str, unit: str) -> int:
+        """Forget a damaged unit, and whatever else of its stage is visibly damaged.
+
+        Returns:
+            How many more units than this one.
+
+        Raises:
+            OSError: the folder can't be written.
+        """
+        folder = StageFolder(self.inputs.workspace.stage(stage, key), stage, key)
+        folder.forget(unit)
+        return folder.forget_flawed()
+
+    def _freed(self, job: Job) -> set[StageName]:
+        keys = self.inputs.keys(job)
+        workspace = self.inputs.workspace
+        folders = (StageFolder(workspace.stage(s, keys[s].key), s, keys[s].key) for s in STAGES)
+        return needed_again({s: _state(f) for s, f in zip(STAGES, folders, strict=True)})
+
+    def _remove(self, job: Job, stage: StageName, removed: set[Path]) -> None:
+        """Remove a stage's result, unless it is among those `removed` already."""
+        key = self.inputs.keys(job)[stage].key
+        folder = self.inputs.workspace.stage(stage, key)
+        if folder in removed:
+            return
+        removed.add(folder)
+        with self.locks.alone(stage, key, job.name):
+            if folder.exists():
+                aside = folder.with_name(f"{folder.name}.removed")
+                shutil.rmtree(aside, ignore_errors=True)
+                folder.rename(aside)  # first, so that a kill leaves no half of it
+                shutil.rmtree(aside)
+
+
+def _state(folder: StageFolder) -> State:
+    if not folder.complete:
+        return "waiting"
+    return "freed" if folder.freed else "done"
