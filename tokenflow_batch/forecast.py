@@ -24,6 +24,7 @@ from tokenflow_batch.ledger import StageFolder
 from tokenflow_batch.measured import Measured, stored_bytes
 from tokenflow_batch.model_shape import ModelShape
 from tokenflow_batch.plan import layout_of, rows, unet_calls
+from tokenflow_batch.ranges import part_frames
 from tokenflow_batch.status import stage_status
 from tokenflow_batch.tokenflow.modes import MODES
 
@@ -220,7 +221,7 @@ class _Counting:
         """
         key = keys["encode"].key
         if key not in self._sizes:
-            self._sizes[key] = self._probed(key) or self._header(job.video)
+            self._sizes[key] = self._probed(key) or self._header(job)
         size = self._sizes[key]
         given = job.settings.cuts
         cuts = size.cuts if given == "auto" else () if given == "none" else given
@@ -237,7 +238,8 @@ class _Counting:
         except (OSError, ValueError, KeyError):
             return None
 
-    def _header(self, video: Path) -> ClipSize:
+    def _header(self, job: Job) -> ClipSize:
+        video = job.video
         known = self.headers.recall(video)
         if known is None:
             from tokenflow_batch.video.headers import read_header
@@ -248,9 +250,13 @@ class _Counting:
                 raise VideoError(f"{video}: can't be read: {error.strerror}") from None
             header = read_header(video)
             known = {"frames": header.frames, "width": header.width, "height": header.height}
+            known["rate"] = header.rate
             self.headers.keep(video, [stat.st_size, stat.st_mtime_ns], known)
             self._new_headers = True
-        return ClipSize(known["frames"], known["width"], known["height"])
+        frames = known["frames"]
+        if job.part is not None:
+            frames = part_frames(job.part, frames, known.get("rate", 25.0), video)
+        return ClipSize(frames, known["width"], known["height"])
 
 
 @dataclass(frozen=True)
