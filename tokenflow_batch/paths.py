@@ -18,6 +18,7 @@ class Workspace:
     WORK/<stage>/<key>.lock                  held while a process works on it
     WORK/digests.json                        files already digested, by path, size and mtime
     WORK/headers.json                        lengths and sizes of videos, by the same
+    WORK/calibration/                        what `plan --calibrate` ran: calibrate
     WORK/logs/                               events and errors of jobs: joblog.JobLog
     """
 
@@ -50,6 +51,11 @@ class Workspace:
     def headers(self) -> Path:
         """The memory of video headers."""
         return self.work / "headers.json"
+
+    @property
+    def calibration(self) -> Path:
+        """The folder of the runs of a calibration."""
+        return self.work / "calibration"
 
     @property
     def logs(self) -> Path:

@@ -39,6 +39,7 @@ from tokenflow_batch.results import (
 )
 from tokenflow_batch.stages import IMPLEMENTATIONS
 from tokenflow_batch.stages.base import Progress, StageContext
+from tokenflow_batch.stages.memory import MemoryUse
 from tokenflow_batch.stages.sharing import JobOver, NothingToDo, Sharing
 
 log = logging.getLogger("tokenflow_batch")
@@ -262,9 +263,12 @@ class Runner:
         folder, told, began = context.folder(stage), self._log(context.job), time.perf_counter()
         told.event("stage started", stage=stage, key=folder.key)
         folder.open(context.keys[stage].described, self.compute.numerics())
+        used = MemoryUse(self.compute.device, folder)
         try:
             IMPLEMENTATIONS[stage].run(context, folder)
-            context.sharing.once(folder, COMPLETE, lambda: folder.finish({}))
+            context.sharing.once(
+                folder, COMPLETE, lambda: folder.finish(used.facts(context, stage))
+            )
         finally:
             folder.abandon()  # before the lock goes
         seconds = round(time.perf_counter() - began, 3)
