@@ -186,7 +186,7 @@ def measured(manifest: Path) -> Iterator[tuple[Job, VideoFacts, Model, Counts, S
                     "retried_rows": int(totals.get("retried_rows", 0)),
                 }
             cuts = read_clip(runner.context(batch.jobs[0])).cuts
-            yield job, probe(job.video), runner.model, found, cuts
+            yield job, probe(job.video, part=job.part), runner.model, found, cuts
 
 
 def _check(results: Any) -> None:

@@ -15,6 +15,8 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from tokenflow_batch.ranges import Part
+
 Dtype = Literal["auto", "fp32", "fp16", "bf16"]
 Technique = Literal["pnp", "sdedit"]
 Preset = Literal["fast", "balanced", "quality", "official"]
@@ -153,6 +155,7 @@ class Job:
         stored_conv_steps: for how many of the first steps `match` stores convolution features:
             what the clip's PnP edits need together.
         where: manifest file and line, for messages.
+        part: which part of the video; all of it where None.
     """
 
     clip: str
@@ -163,6 +166,7 @@ class Job:
     settings: Settings
     stored_conv_steps: int
     where: str
+    part: Part | None = None
 
     @property
     def name(self) -> str:

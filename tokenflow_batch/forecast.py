@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
-from tokenflow_batch.arrays import edit_arrays, encode_arrays, invert_arrays, match_arrays
-from tokenflow_batch.config import STAGES, Batch, Job, Settings, StageName
+from tokenflow_batch.config import STAGES, Batch, Job, StageName
+from tokenflow_batch.costs import ClipSize, JobSizes, Known
 from tokenflow_batch.errors import TokenflowBatchError, VideoError
 from tokenflow_batch.files import FileMemory
 from tokenflow_batch.geometry import Fit, plan_geometry
@@ -23,37 +23,11 @@ from tokenflow_batch.inputs import Inputs, Keys
 from tokenflow_batch.ledger import StageFolder
 from tokenflow_batch.measured import Measured, stored_bytes
 from tokenflow_batch.model_shape import ModelShape
-from tokenflow_batch.plan import layout_of, rows, unet_calls
+from tokenflow_batch.ranges import part_frames
 from tokenflow_batch.status import StageStatus, needed_again, stage_status
-from tokenflow_batch.tokenflow.modes import MODES
-
-RECORD, FILE, STAGE_FILES = 170, 190, 1900
-"""Bytes of a commit record, of a file's line in it, of a stage's own JSON files: as written."""
-PIXEL_BYTES: Mapping[StageName, float] = {"render": 4.0, "report": 8.0}
-"""Video bytes per latent pixel and frame (64 pixels) where nothing was measured: a guess."""
-RATIO = 0.5
-"""Compressed over plain correspondences where nothing was measured: a guess."""
 
 State = Literal["done", "freed", "shared", "begun", "again", "to do"]
 """`freed`: done, its data removed since to keep the disk budget; `again`: so, but needed again."""
-
-
-@dataclass(frozen=True)
-class ClipSize:
-    """A clip's length and size as far as known.
-
-    Attributes:
-        frames: F.
-        width, height: upright source size.
-        cuts: first frames of new shots.
-        exact: whether encode has counted the frames and looked for cuts; else the header's word.
-    """
-
-    frames: int
-    width: int
-    height: int
-    cuts: tuple[int, ...] = ()
-    exact: bool = False
 
 
 @dataclass(frozen=True)
@@ -68,6 +42,7 @@ class StageCost:
         bytes: what it adds to the work folder and keeps.
         scratch: what it needs for a while on top.
         key: which result it is.
+        peak: the most memory of its device that it takes at once; None where nothing is known.
     """
 
     state: State
@@ -76,6 +51,7 @@ class StageCost:
     bytes: int = 0
     scratch: int = 0
     key: str = ""
+    peak: int | None = 0
 
 
 @dataclass(frozen=True)
@@ -84,7 +60,7 @@ class JobCost:
 
     job: Job
     clip: ClipSize | None = None
-    latent: tuple[int, int] = (0, 0)
+    working: tuple[int, int] | None = None
     stages: Mapping[StageName, StageCost] = field(default_factory=dict)
     published: int = 0
     error: str | None = None
@@ -92,11 +68,21 @@ class JobCost:
 
 @dataclass(frozen=True)
 class Forecast:
-    """A batch's costs."""
+    """A batch's costs.
+
+    Attributes:
+        jobs: one each.
+        free: bytes of disk.
+        guessed: whether some sizes were not measured.
+        memory: bytes of the device that may be used; None where that is unknown.
+        window: the most segments a window may have within a memory budget, where one was given.
+    """
 
     jobs: list[JobCost]
     free: int
     guessed: bool
+    memory: int | None = None
+    window: int | None = None
 
     @cached_property
     def bytes(self) -> int:
@@ -115,6 +101,21 @@ class Forecast:
         """Whether the disk can hold it."""
         return self.bytes + self.scratch <= self.free
 
+    @cached_property
+    def heaviest(self) -> tuple[JobCost, StageName] | None:
+        """The job and stage that takes most memory of those still to do; None if none is known."""
+        found = [(c.peak or 0, i, s) for i, j in enumerate(self.jobs) for s, c in j.stages.items()]
+        peak, index, stage = max(found, default=(0, 0, STAGES[0]))
+        return (self.jobs[index], stage) if peak else None
+
+    @property
+    def fits_memory(self) -> bool:
+        """Whether the device has the memory that is needed at once, as far as is known."""
+        if self.heaviest is None or self.memory is None:
+            return True
+        job, stage = self.heaviest
+        return (job.stages[stage].peak or 0) <= self.memory
+
     def total(self, stage: StageName) -> StageCost:
         """One stage over all jobs."""
         costs = [job.stages[stage] for job in self.jobs if stage in job.stages]
@@ -125,22 +126,34 @@ class Forecast:
             sum(known) if len(known) == len(costs) else None,
             sum(c.bytes for c in costs),
             max((c.scratch for c in costs), default=0),
+            peak=None if any(c.peak is None for c in costs) else _largest(costs),
         )
 
 
-def forecast(batch: Batch) -> Forecast:
+def _largest(costs: Sequence[StageCost]) -> int:
+    return max((cost.peak or 0 for cost in costs), default=0)
+
+
+def forecast(batch: Batch, memory: int | None = None) -> Forecast:
     """The costs of what is left of a batch.
+
+    Args:
+        batch: the resolved manifest.
+        memory: bytes of the device that may be used; what it has where None.
 
     Raises:
         ModelError: the model is not on this disk.
     """
     inputs = Inputs.of(batch, download=False)
-    counting = _Counting(inputs)
+    counting = _Counting(inputs, memory)
     jobs = [
         counting.job(job, keys) for job, keys in zip(batch.jobs, inputs.planned_keys(), strict=True)
     ]
     counting.headers_changed()
-    return Forecast(jobs, free_bytes(inputs.workspace.work), counting.guessed)
+    free = free_bytes(inputs.workspace.work)
+    window = min((n or 0 for n in counting.windows), default=0) or None
+    bytes_there = memory or counting.known.measured.device_bytes
+    return Forecast(jobs, free, counting.known.guessed, bytes_there, window)
 
 
 def free_bytes(path: Path) -> int:
@@ -153,13 +166,14 @@ def free_bytes(path: Path) -> int:
 class _Counting:
     """Adds up a batch, each result once."""
 
-    def __init__(self, inputs: Inputs) -> None:
+    def __init__(self, inputs: Inputs, budget: int | None) -> None:
         self.inputs, self.workspace = inputs, inputs.workspace
         self.shape = ModelShape.of(inputs.model)
-        self.measured = Measured.of(inputs.workspace)
+        measured = Measured.of(inputs.workspace, inputs.batch.runtime.device.partition(":")[0])
+        self.known = Known(self.shape, measured, _float_dtype(inputs.batch))
         self.headers = FileMemory(inputs.workspace.headers)
-        self.dtype = _float_dtype(inputs.batch)
-        self.guessed = False
+        self.windows: list[int | None] = []
+        self._budget = budget
         self._new_headers = False
         self._taken: set[str] = set()
         self._found: dict[str, StageStatus] = {}
@@ -186,12 +200,14 @@ class _Counting:
         output = size if s.restore_size else working
         frame_shape = self.shape.frame_shape(working)
         pixels = output[0] * output[1] / self.shape.vae_factor**2
-        counted = _Job(self, job, clip, frame_shape, pixels)
+        counted = JobSizes(self.known, job, clip, frame_shape, pixels)
+        if self._budget is not None:
+            self.windows.append(counted.window(keys, self._budget))
         found = {stage: self._look(stage, keys[stage].key) for stage in STAGES}
         again = needed_again({stage: now.state for stage, now in found.items()})
         stages = {s: self._stage(counted, s, keys, found[s], again=s in again) for s in STAGES}
         published = sum(stages[stage].bytes for stage in ("render", "report"))
-        return JobCost(job, clip, frame_shape[1:], stages, published)
+        return JobCost(job, clip, working, stages, published)
 
     def _look(self, stage: StageName, key: str) -> StageStatus:
         if key not in self._found:
@@ -202,7 +218,7 @@ class _Counting:
         return StageFolder(self.workspace.stage(stage, key), stage, key)
 
     def _stage(
-        self, counted: _Job, stage: StageName, keys: Keys, now: StageStatus, *, again: bool
+        self, counted: JobSizes, stage: StageName, keys: Keys, now: StageStatus, *, again: bool
     ) -> StageCost:
         key = keys[stage].key
         if key in self._taken:
@@ -212,9 +228,9 @@ class _Counting:
         self._taken.add(key)
         if now.state == "done":
             return StageCost("done", key=key)
-        cost = counted.cost(stage, keys)
+        cost, peak = counted.cost(stage, keys), counted.peak(stage, keys)
         if again or not now.units:
-            return StageCost("again" if again else "to do", *cost, key)
+            return StageCost("again" if again else "to do", *cost, key, peak)
         folder = self._folder(stage, key)
         work, seconds, kept, scratch = cost
         there = folder.totals().get("rows", 0)
@@ -226,6 +242,7 @@ class _Counting:
             max(kept - stored_bytes(folder), 0),
             scratch,
             key,
+            peak,
         )
 
     def _clip(self, job: Job, keys: Keys) -> ClipSize:
@@ -236,7 +253,7 @@ class _Counting:
         """
         key = keys["encode"].key
         if key not in self._sizes:
-            self._sizes[key] = self._probed(key) or self._header(job.video)
+            self._sizes[key] = self._probed(key) or self._header(job)
         size = self._sizes[key]
         given = job.settings.cuts
         cuts = size.cuts if given == "auto" else () if given == "none" else given
@@ -253,7 +270,8 @@ class _Counting:
         except (OSError, ValueError, KeyError):
             return None
 
-    def _header(self, video: Path) -> ClipSize:
+    def _header(self, job: Job) -> ClipSize:
+        video = job.video
         known = self.headers.recall(video)
         if known is None:
             from tokenflow_batch.video.headers import read_header
@@ -264,124 +282,13 @@ class _Counting:
                 raise VideoError(f"{video}: can't be read: {error.strerror}") from None
             header = read_header(video)
             known = {"frames": header.frames, "width": header.width, "height": header.height}
+            known["rate"] = header.rate
             self.headers.keep(video, [stat.st_size, stat.st_mtime_ns], known)
             self._new_headers = True
-        return ClipSize(known["frames"], known["width"], known["height"])
-
-
-@dataclass(frozen=True)
-class _Job:
-    """One job's costs as if nothing were there."""
-
-    counting: _Counting
-    job: Job
-    clip: ClipSize
-    frame_shape: tuple[int, int, int]
-    pixels: float
-
-    def cost(self, stage: StageName, keys: Keys) -> tuple[int, float | None, int, int]:
-        """Rows, seconds, bytes kept, bytes for a while."""
-        work = self._rows.get(stage, 0)
-        kept, scratch = getattr(self, f"_{stage}")()
-        seconds = self._seconds(stage, work, keys)
-        return work, seconds, kept, scratch
-
-    @cached_property
-    def _rows(self) -> Mapping[StageName, int]:
-        return _rows(_counted(self.job.settings), self.clip.frames, self.clip.cuts)
-
-    def _seconds(self, stage: StageName, work: int, keys: Keys) -> float | None:
-        described = keys["encode" if stage in ("encode", "render", "report") else "invert"]
-        model = described.described["vae" if described.stage == "encode" else "model"]
-        amount = work if stage in ("invert", "match", "edit") else self.clip.frames
-        area = self.frame_shape[1] * self.frame_shape[2]
-        rate = self.counting.measured.seconds.get((stage, model, area))
-        if not amount:
-            return 0.0
-        return None if rate is None else rate * amount
-
-    @property
-    def _grid(self) -> tuple[int, int]:
-        return self.clip.frames, self.job.settings.chunk_frames
-
-    @property
-    def _chunks(self) -> int:
-        return -(-self.clip.frames // self.job.settings.chunk_frames)
-
-    def _encode(self) -> tuple[int, int]:
-        (spec,) = encode_arrays(*self._grid, self.frame_shape, self.counting.dtype).values()
-        stamps = 128 + 8 * self.clip.frames  # pts.npy
-        return spec.stored_bytes() + stamps + _records(self._chunks) + 2 * RECORD, 0
-
-    def _invert(self) -> tuple[int, int]:
-        s = self.job.settings
-        specs = invert_arrays(
-            s.inversion_steps, *self._grid, self.frame_shape, self.counting.dtype
-        ).values()
-        kept = s.steps + (s.inversion_steps > s.steps)  # and the noisiest
-        step = sum(spec.stored_bytes(1) for spec in specs)
-        records = _records(s.inversion_steps * self._chunks, 2)
-        return kept * step + records, 2 * step if s.inversion_steps > s.steps else 0
-
-    def _match(self) -> tuple[int, int]:
-        s, job = self.job.settings, self.job
-        if not MODES[s.mode].stored_source:
-            return STAGE_FILES, 0
-        shape, hw = self.counting.shape, self.frame_shape[1:]
-        conv = shape.conv_shape(hw, s.conv_site)
-        specs = match_arrays(s.steps, *self._grid, shape.tokens(hw), conv, job.stored_conv_steps)
-        total = 0
-        for name, spec in specs.items():
-            ratio = self.counting.measured.ratio.get(name) if spec.compress else 1.0
-            self.counting.guessed |= ratio is None
-            total += spec.stored_bytes(ratio=RATIO if ratio is None else ratio)
-        return total + _records(s.steps * self._chunks, len(specs)), 0
-
-    def _edit(self) -> tuple[int, int]:
-        s = self.job.settings
-        layout = layout_of(s, self.clip.frames, self.clip.cuts)
-        windows = (len(layout.windows), max(map(len, layout.windows)))
-        history = 1 if s.sampler == "dpmsolver++" else 0
-        specs = edit_arrays(s.steps, *self._grid, self.frame_shape, windows, history)
-        noise = specs.pop("noise").stored_bytes(windows[0])
-        state = sum(spec.stored_bytes(1) for spec in specs.values())
-        steps = s.steps - s.first_step
-        records = _records(steps * self._chunks, len(specs)) + steps * windows[0] * (RECORD + FILE)
-        return state + records, state + noise
-
-    def _render(self) -> tuple[int, int]:
-        video = self._video("render")
-        return video + _records(self._chunks), video  # segments, until they are joined
-
-    def _report(self) -> tuple[int, int]:
-        return self._video("report") + STAGE_FILES, 0
-
-    def _video(self, stage: StageName) -> int:
-        measured = self.counting.measured.pixel.get(stage)
-        self.counting.guessed |= measured is None
-        rate = PIXEL_BYTES[stage] if measured is None else measured
-        return round(rate * self.pixels * self.clip.frames)
-
-
-def _records(units: int, files: int = 1) -> int:
-    return STAGE_FILES + units * (RECORD + files * FILE)
-
-
-_ROW_SETTINGS = (
-    *("steps", "inversion_steps", "inversion_iterations", "mode", "chunk_frames", "unet_batch"),
-    *("keyframe_seed", "segment_length", "window_segments", "window_overlap", "anchors"),
-    *("technique", "attn_t", "f_t", "strength"),
-)
-
-
-def _counted(settings: Settings) -> Settings:
-    """Only what the number of UNet calls depends on, so that equal counts are made once."""
-    return Settings.model_construct(**{name: getattr(settings, name) for name in _ROW_SETTINGS})
-
-
-@cache
-def _rows(settings: Settings, frames: int, cuts: tuple[int, ...]) -> Mapping[StageName, int]:
-    return {stage: rows(calls) for stage, calls in unet_calls(settings, frames, cuts).items()}
+        frames = known["frames"]
+        if job.part is not None:
+            frames = part_frames(job.part, frames, known.get("rate", 25.0), video)
+        return ClipSize(frames, known["width"], known["height"])
 
 
 def _float_dtype(batch: Batch) -> str:

@@ -88,10 +88,9 @@ def stage_keys(job: Job, identity: Identity, dtype: str) -> dict[StageName, Stag
         keys[stage] = StageKey(stage, digest_json(described)[:24], described)
         return keys[stage].key
 
-    encode = add(
-        "encode",
-        {"video": identity.video, "vae": identity.vae, "dtype": dtype, **_pick(s, _ENCODE)},
-    )
+    part = {"part": job.part.described()} if job.part is not None else {}
+    source = {"video": identity.video, **part}
+    encode = add("encode", {**source, "vae": identity.vae, "dtype": dtype, **_pick(s, _ENCODE)})
     invert = add(
         "invert",
         {"encode": encode, "model": identity.denoiser, "dtype": dtype, **_pick(s, _INVERT)},

@@ -5,16 +5,26 @@ from __future__ import annotations
 import difflib
 import glob
 from collections.abc import Iterable, Sequence
+from fractions import Fraction
 from itertools import takewhile
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, Field, StringConstraints, TypeAdapter, ValidationError
+from pydantic import (
+    AfterValidator,
+    Field,
+    PlainValidator,
+    StringConstraints,
+    TypeAdapter,
+    ValidationError,
+    WithJsonSchema,
+)
 
 from tokenflow_batch.config import NAMING, PRESETS, Batch, Frozen, Job, Runtime, Settings
 from tokenflow_batch.errors import ManifestError
 from tokenflow_batch.manifest_rows import Level, expand, read_table
 from tokenflow_batch.manifest_text import Problems, Text, Where
+from tokenflow_batch.ranges import Part, seconds
 
 VIDEO_SUFFIXES = frozenset(
     {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".m2ts", ".mts"}
@@ -42,6 +52,10 @@ def _edit_name(name: str) -> str:
     return name
 
 
+Count = Annotated[int, Field(ge=0, lt=2**40, strict=True)]
+Seconds = Annotated[
+    Fraction, PlainValidator(seconds), WithJsonSchema({"type": ["number", "string"]})
+]
 EditName = Annotated[Name, AfterValidator(_edit_name)]
 M = TypeVar("M", bound=Frozen)
 _NAME: TypeAdapter[str] = TypeAdapter(Name)
@@ -59,6 +73,12 @@ class ClipEntry(Frozen):
 
     video: str = Field(min_length=1, description="file, glob or folder, relative to the manifest")
     name: Name | None = Field(None, description="default: the file's name without its suffix")
+    frames: tuple[Count, Count] | None = Field(
+        None, description="only these: from the first up to, not including, the second; from 0"
+    )
+    time: tuple[Seconds, Seconds] | None = Field(
+        None, description='only this range: seconds or texts such as "1:30.5", end not included'
+    )
     edits: list[Level] = Field(min_length=1)
 
 
@@ -124,7 +144,8 @@ def _clip_jobs(
     if entry is None:
         return []
     found = _videos(path.parent, entry, results, where, problems)
-    videos = [(v, _clip_name(entry, v, where, problems)) for v in found]
+    part = _part(entry, where, problems)
+    videos = [(v, _clip_name(entry, v, part, where, problems)) for v in found]
     edits: list[tuple[EditEntry, Settings, int]] = []
     for number, compact in enumerate(entry.edits):
         at = (*where, "edits", number)
@@ -147,6 +168,7 @@ def _clip_jobs(
             settings=_with_source(settings, beside[video]),
             stored_conv_steps=conv_steps.get(settings.steps, 0),
             where=f"{path}:{line}",
+            part=part,
         )
         for video, name in videos
         for edit, settings, line in edits
@@ -287,16 +309,34 @@ def _sources(found: Iterable[Path], top: Path, results: Sequence[Path]) -> list[
     return sorted(p for p in found if not any(map(p.resolve().is_relative_to, left_out)))
 
 
-def _clip_name(entry: ClipEntry, video: Path, where: Where, problems: Problems) -> str:
-    """The clip's name, or the file's, which must do as a folder's."""
+def _part(entry: ClipEntry, where: Where, problems: Problems) -> Part | None:
+    """The part of its videos that a clip asks for."""
+    if entry.frames is not None and entry.time is not None:
+        problems.add((*where, "time"), "give `frames` or `time`, not both")
+    for key, ends in (("frames", entry.frames), ("time", entry.time)):
+        if ends is not None:
+            line = f"{problems.text.path}:{problems.text.line((*where, key))}"
+            unit: Literal["frames", "seconds"] = "frames" if key == "frames" else "seconds"
+            part = Part(unit, Fraction(ends[0]), Fraction(ends[1]), line)
+            if part.start >= part.stop:
+                problems.add((*where, key), f"{part} is empty: it must end after its start")
+            return part
+    return None
+
+
+def _clip_name(
+    entry: ClipEntry, video: Path, part: Part | None, where: Where, problems: Problems
+) -> str:
+    """The clip's name, or the file's (with the part), which must do as a folder's."""
     if entry.name is not None:
         return entry.name
+    name = video.stem if part is None else f"{video.stem}-{part.label}"
     try:
-        return _NAME.validate_python(video.stem)
+        return _NAME.validate_python(name)
     except ValidationError:
-        message = f"{video.stem!r} can't be a folder's name: give the clip a `name`"
+        message = f"{name!r} can't be a folder's name: give the clip a `name`"
         problems.add((*where, "video"), message)
-        return video.stem
+        return name
 
 
 def _is_video(path: Path, folder: Path) -> bool:
@@ -310,14 +350,18 @@ def _refuse_equal_names(jobs: Iterable[Job], problems: Problems) -> None:
     edits: dict[tuple[str, str], Job] = {}
     for job in jobs:
         first = clips.setdefault(job.clip.casefold(), job)
-        if first.video != job.video:
+        if _source(first) != _source(job):
             problems.say(
-                f"{job.where}: clip name {job.clip!r} is taken: {first.video} and {job.video} "
-                "would write the same files; give one of them a `name`"
+                f"{job.where}: clip name {job.clip!r} is taken: {_source(first)} and "
+                f"{_source(job)} would write the same files; give one of them a `name`"
             )
         other = edits.setdefault((job.clip.casefold(), job.edit.casefold()), job)
-        if other is not job and first.video == job.video:
+        if other is not job and _source(first) == _source(job):
             problems.say(f"{job.where}: edit {job.name!r} is already defined at {other.where}")
+
+
+def _source(job: Job) -> str:
+    return f"{job.video}" if job.part is None else f"{job.video} {job.part}"
 
 
 def _model_reference(root: Path, model: str) -> str:

@@ -34,9 +34,11 @@ class Text:
             ManifestError: it is not there, no YAML, no mapping, or gives a key twice.
         """
         try:
-            text = path.read_text(encoding="utf-8")
-            root = yaml.compose(text, Loader=_Loader)
-            raw = yaml.load(text, Loader=_Loader)  # noqa: S506 - a safe loader
+            loader = _Loader(path.read_text(encoding="utf-8"))
+            root = loader.get_single_node()
+            if isinstance(root, yaml.MappingNode):
+                _refuse_duplicate_keys(path, root)  # before merge keys are resolved
+            raw = None if root is None else loader.construct_document(root)
         except FileNotFoundError:
             raise ManifestError(f"{path}: no such manifest") from None
         except yaml.MarkedYAMLError as error:
@@ -47,7 +49,6 @@ class Text:
             raise ManifestError(f"{path}: can't be read: {error}") from None
         if not isinstance(root, yaml.MappingNode):
             raise ManifestError(f"{path}:1: a manifest is a mapping: version, model, clips")
-        _refuse_duplicate_keys(path, root)
         return cls(path, root, raw)
 
     def line(self, where: Where) -> int:
@@ -57,18 +58,22 @@ class Text:
             return next((line for line in known if line is not None), 1)
         node, line = self.root, self.root.start_mark.line
         for part in where:
-            if isinstance(node, yaml.MappingNode):
-                pairs: Mapping[str, tuple[yaml.Node, yaml.Node]]
-                pairs = {key.value: (key, value) for key, value in node.value}
-            elif isinstance(node, yaml.SequenceNode):
-                pairs = {str(i): (value, value) for i, value in enumerate(node.value)}
-            else:
+            found = _child(node, part)
+            if found is None:
                 break
-            if str(part) not in pairs:
-                break
-            key, node = pairs[str(part)]
+            key, node = found
             line = key.start_mark.line
         return line + 1
+
+
+def _child(node: yaml.Node, part: str | int) -> tuple[yaml.Node, yaml.Node] | None:
+    """A node's key and value; a list's item is both. No tables: lists may have thousands."""
+    if isinstance(node, yaml.MappingNode):
+        pairs = ((key, value) for key, value in reversed(node.value) if key.value == str(part))
+        return next(pairs, None)
+    if isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+        return node.value[part], node.value[part]
+    return None
 
 
 def _refuse_duplicate_keys(path: Path, root: yaml.Node) -> None:

@@ -1,4 +1,4 @@
-"""What this work folder has measured: seconds a row, sizes after compression, bytes a pixel.
+"""What this work folder has measured: seconds a row, memory, compressed sizes, bytes a pixel.
 
 Read from the newest finished folders of each stage, without torch. What a plan says of time rests
 on these numbers; where there are none it says "unknown".
@@ -10,6 +10,7 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 from tokenflow_batch.arrays import ArraySpec
 from tokenflow_batch.config import STAGES, StageName
 from tokenflow_batch.files import digest_json
+from tokenflow_batch.footprint import Peak, host_bytes
 from tokenflow_batch.ledger import StageFolder
 from tokenflow_batch.paths import Workspace
 
@@ -35,18 +37,51 @@ class Measured:
         seconds: per UNet row (invert, match, edit) or per frame (encode, render, report).
         ratio: array name → compressed over plain bytes.
         pixel: stage → bytes of video (and sheet) per latent pixel and frame.
+        peaks: digest of a model's part → stage → memory of its runs.
+        device_bytes: memory of the device; None where it was never seen.
     """
 
     seconds: dict[RateKey, float] = field(default_factory=dict)
     ratio: dict[str, float] = field(default_factory=dict)
     pixel: dict[StageName, float] = field(default_factory=dict)
+    peaks: dict[str, dict[StageName, list[Peak]]] = field(default_factory=dict)
+    device_bytes: int | None = None
 
     @classmethod
-    def of(cls, workspace: Workspace) -> Measured:
-        """Read what there is; damaged records are left out."""
+    def of(cls, workspace: Workspace, device: str = "auto") -> Measured:
+        """Read what there is, a calibration's results too; damaged records are left out.
+
+        Args:
+            workspace: where to look.
+            device: `cpu` or `cuda` to leave the other one's memory out; `auto` takes a GPU's.
+        """
+        found = cls._read(workspace)
+        for name in ("usual", "small"):
+            extra = cls._read(Workspace(workspace.output, workspace.calibration / name))
+            if name == "usual":  # small batches take longer a row
+                found.seconds = {**extra.seconds, **found.seconds}
+            for model, stages in extra.peaks.items():
+                for stage, peaks in stages.items():
+                    found.peaks.setdefault(model, {}).setdefault(stage, []).extend(peaks)
+        found._keep_device(device)
+        return found
+
+    def _keep_device(self, device: str) -> None:
+        every = [p for stages in self.peaks.values() for of in stages.values() for p in of]
+        there = {p.device: p.device_bytes for p in every}
+        if device == "auto":
+            device = "cuda" if "cuda" in there else "cpu"
+        self.device_bytes = host_bytes() if device == "cpu" else there.get(device)
+        for stages in self.peaks.values():
+            for stage, peaks in stages.items():
+                stages[stage] = [p for p in peaks if p.device == device]
+
+    @classmethod
+    def _read(cls, workspace: Workspace) -> Measured:
         sums: defaultdict[RateKey, _Sum] = defaultdict(_Sum)
         arrays: defaultdict[str, _Sum] = defaultdict(_Sum)
         pixels: defaultdict[StageName, _Sum] = defaultdict(_Sum)
+        used: dict[str, dict[StageName, list[Peak]]] = {}
         for stage in STAGES:
             for folder in _newest(workspace, stage):
                 source = _origin(workspace, stage, folder)
@@ -54,6 +89,9 @@ class Measured:
                     continue
                 model, area = source
                 specs = _specs(folder)
+                with suppress(KeyError, TypeError):
+                    peak = Peak(**_read(_mark(folder))["facts"]["memory"])
+                    used.setdefault(model, {}).setdefault(stage, []).append(peak)
                 for facts, files in _records(folder):
                     work = facts.get("rows", facts.get("frames", 0))
                     sums[stage, model, area].add(facts.get("seconds", 0.0), work)
@@ -61,7 +99,7 @@ class Measured:
                         _array(arrays, specs, name, size)
                     if stage in ("render", "report") and "frames" in facts:
                         pixels[stage].add(sum(files.values()), facts["frames"] * area)
-        return cls(_ratios(sums), _ratios(arrays), _ratios(pixels))
+        return cls(_ratios(sums), _ratios(arrays), _ratios(pixels), used)
 
 
 @dataclass

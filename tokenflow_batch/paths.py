@@ -19,6 +19,7 @@ class Workspace:
     WORK/budget.lock                         held while a process keeps the disk budget
     WORK/digests.json                        files already digested, by path, size and mtime
     WORK/headers.json                        lengths and sizes of videos, by the same
+    WORK/calibration/                        what `plan --calibrate` ran: calibrate
     WORK/logs/                               events and errors of jobs: joblog.JobLog
     SCRATCH/<stage>/<key>/                   copies of a stage's files: scratch.Copies
     """
@@ -62,6 +63,11 @@ class Workspace:
     def headers(self) -> Path:
         """The memory of video headers."""
         return self.work / "headers.json"
+
+    @property
+    def calibration(self) -> Path:
+        """The folder of the runs of a calibration."""
+        return self.work / "calibration"
 
     @property
     def logs(self) -> Path:

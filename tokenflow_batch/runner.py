@@ -31,6 +31,7 @@ from tokenflow_batch.results import (
 )
 from tokenflow_batch.stages import IMPLEMENTATIONS
 from tokenflow_batch.stages.base import Progress, StageContext
+from tokenflow_batch.stages.memory import MemoryUse
 from tokenflow_batch.stages.sharing import JobOver, NothingToDo, Sharing
 
 log = logging.getLogger("tokenflow_batch")
@@ -280,8 +281,9 @@ class Runner:
             self.team.put(f"began/{once}", time.time())
             told.event("stage started", stage=stage, key=folder.key)
         folder.open(context.keys[stage].described, self.compute.numerics())
+        used = MemoryUse(self.compute.device, folder)
         try:
-            self._share(context, stage)
+            self._share(context, stage, used)
         except (JobOver, NothingToDo):
             raise
         except Exception as error:
@@ -296,13 +298,13 @@ class Runner:
             rows = folder.totals().get("rows", 0)
             told.event("stage finished", stage=stage, seconds=seconds, rows=rows)
 
-    def _share(self, context: StageContext, stage: StageName) -> None:
+    def _share(self, context: StageContext, stage: StageName, used: MemoryUse) -> None:
         """Do this process's part of a stage."""
         folder, sharing = context.folder(stage), context.sharing
         try:
             IMPLEMENTATIONS[stage].run(context, folder)
             sharing.quiet(folder)
-            sharing.once(folder, COMPLETE, lambda: folder.finish({}))
+            sharing.once(folder, COMPLETE, lambda: folder.finish(used.facts(context, stage)))
         except (JobOver, NothingToDo):
             folder.settle()  # others wait for what is behind: if it fails, that is an error
             raise

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,9 +19,10 @@ from tokenflow_batch.cli.options import (
 )
 from tokenflow_batch.cli.text import columns, duration, size
 from tokenflow_batch.config import STAGES
-from tokenflow_batch.errors import DiskFullError
+from tokenflow_batch.errors import DiskFullError, ModelError, OutOfMemoryError
 
 if TYPE_CHECKING:
+    from tokenflow_batch.config import Batch
     from tokenflow_batch.forecast import Forecast, JobCost, StageCost
 
 
@@ -36,20 +37,79 @@ def _plan(
     output: OutputOption = None,
     workdir: WorkdirOption = None,
     only: OnlyOption = None,
+    calibrate: Annotated[
+        bool,
+        typer.Option("--calibrate", help="First measure rates and memory here, in short runs."),
+    ] = False,
+    memory_budget: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Say which window fits into so much memory (8GB, 500M)."),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Say what a run would cost: frames, rows, seconds, bytes; refuse what the disk can't hold."""
+    """Say what a run would cost: frames, rows, time, disk, memory; refuse what can't fit."""
+    from tokenflow_batch.disk import parse_size
     from tokenflow_batch.forecast import forecast
 
     batch = load_batch(manifest, output, workdir, only=only, model=model)
     with messages():
-        found = forecast(batch)
+        budget = None if memory_budget is None else parse_size(memory_budget)
+        if calibrate:
+            _calibrate(batch)
+        found = forecast(batch, budget)
         if as_json:
             typer.echo(json.dumps(_as_json(found), indent=1))
         else:
             _print(found)
         if not found.fits:
             raise _does_not_fit(found)
+        if budget is not None and found.heaviest is None and found.window is None:
+            raise ModelError(
+                "memory was not measured with this model yet, so no window can be chosen",
+                hint="give --calibrate too: it takes a minute or two, once",
+            )
+        if not found.fits_memory and not _only_the_window(found):
+            raise _too_little_memory(found)
+
+
+def _calibrate(batch: Batch) -> None:
+    """Measure every working size of a batch."""
+    from tokenflow_batch.calibrate import calibrate
+    from tokenflow_batch.forecast import forecast
+
+    jobs = forecast(batch).jobs
+    calibrate(batch, [(job.job, job.working) for job in jobs if job.working])
+
+
+def _only_the_window(found: Forecast) -> bool:
+    """Whether all that exceeds the budget are edits, and a smaller window helps."""
+    return found.window is not None and all(
+        (cost.peak or 0) <= (found.memory or 0)
+        for job in found.jobs
+        for stage, cost in job.stages.items()
+        if stage != "edit"
+    )
+
+
+_SMALLER = {
+    "encode": "`vae_batch`",
+    "invert": "`unet_batch`",
+    "match": "`unet_batch`",
+    "edit": "`window_segments`, `anchors` or `segment_length`",
+    "render": "`vae_batch`",
+    "report": "`resolution`",
+}
+
+
+def _too_little_memory(found: Forecast) -> OutOfMemoryError:
+    if found.heaviest is None:
+        raise AssertionError("known to be too much")
+    job, stage = found.heaviest
+    return OutOfMemoryError(
+        f"{job.job.name} ({job.job.where}): {stage} takes {size(job.stages[stage].peak or 0)} of "
+        f"memory at once, and there are {size(found.memory or 0)}",
+        hint=f"lower {_SMALLER[stage]}, or `resolution`",
+    )
 
 
 def _does_not_fit(found: Forecast) -> DiskFullError:
@@ -74,6 +134,7 @@ def _as_json(found: Forecast) -> dict[str, Any]:
         }
         for job in found.jobs
     ]
+    heaviest = found.heaviest
     total = {stage: _cost_json(found.total(stage)) for stage in STAGES}
     for cost in total.values():
         del cost["state"]
@@ -87,6 +148,14 @@ def _as_json(found: Forecast) -> dict[str, Any]:
             "fits": found.fits,
             "estimated": found.guessed,
         },
+        "memory": {
+            "peak_bytes": heaviest and heaviest[0].stages[heaviest[1]].peak,
+            "job": heaviest and heaviest[0].job.name,
+            "stage": heaviest and heaviest[1],
+            "available_bytes": found.memory,
+            "fits": found.fits_memory,
+            "window_segments": found.window,
+        },
     }
 
 
@@ -97,11 +166,12 @@ def _cost_json(cost: StageCost) -> dict[str, Any]:
         "seconds": cost.seconds,
         "bytes": cost.bytes,
         "scratch_bytes": cost.scratch,
+        "peak_bytes": cost.peak,
     }
 
 
 def _print(found: Forecast) -> None:
-    table = [["job", "frames", *STAGES, "rows", "time", "disk"]]
+    table = [["job", "frames", *STAGES, "rows", "time", "disk", "memory"]]
     table += [_row(job) for job in found.jobs]
     columns(table)
     for job in found.jobs:
@@ -118,11 +188,27 @@ def _print(found: Forecast) -> None:
     about = " (about: correspondences or videos were not measured here yet)" * found.guessed
     typer.echo(f"results: {size(results)}")
     typer.echo(f"disk: {size(found.bytes + found.scratch)} needed, {size(found.free)} free{about}")
+    _print_memory(found)
+
+
+def _print_memory(found: Forecast) -> None:
+    there = "" if found.memory is None else f", {size(found.memory)} there"
+    if found.heaviest is None:
+        typer.echo("memory: unknown (--calibrate measures it)")
+    else:
+        job, stage = found.heaviest
+        peak = size(job.stages[stage].peak or 0)
+        typer.echo(f"memory: {peak} at once ({stage} of {job.job.name}){there}")
+    if found.window is not None:
+        typer.echo(
+            f"window: set `window_segments: {found.window}` under `defaults` "
+            f"(at most {found.window} keyframes are edited jointly) to stay within that"
+        )
 
 
 def _row(job: JobCost) -> list[str]:
     if job.clip is None:
-        return [job.job.name, "?", *["?"] * len(STAGES), "?", "?", "?"]
+        return [job.job.name, "?", *["?"] * len(STAGES), "?", "?", "?", "?"]
     costs = job.stages.values()
     known = [c.seconds for c in costs if c.seconds is not None]
     return [
@@ -132,4 +218,5 @@ def _row(job: JobCost) -> list[str]:
         str(sum(c.rows for c in costs)),
         duration(sum(known) if len(known) == len(costs) else None),
         size(sum(c.bytes for c in costs) + job.published),
+        "unknown" if any(c.peak is None for c in costs) else size(max(c.peak or 0 for c in costs)),
     ]

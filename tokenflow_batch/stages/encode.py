@@ -63,7 +63,7 @@ class Encode(Stage):
 def _probe(context: StageContext, folder: StageFolder) -> None:
     job = context.job
     with context.progress("probe", 0) as advance:
-        facts = probe(job.video, lambda _: advance(1))
+        facts = probe(job.video, lambda _: advance(1), job.part)
     s, multiple = job.settings, context.model().multiple
     try:
         geometry = plan_geometry((facts.width, facts.height), s.resolution, Fit(s.fit), multiple)

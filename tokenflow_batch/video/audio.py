@@ -7,10 +7,16 @@ converted to AAC.
 1/90000 s) would make a copied track stutter by fractions of a frame, so as long as a rounded
 timestamp agrees with where the samples so far end, that is where the packet goes. So it does where
 its timestamp is missing, goes back, or leaps as the rules for pictures in `reader` don't allow.
+
+**Parts.** Packets are the smallest piece that can be copied. Of a part's sound all that reach into
+it are taken whole, so it may go on for the rest of its last packet. Before its first sample lie
+packets of a tenth of a second, which decoders need to start with; they stand before time zero,
+where an MP4's edit list keeps players from playing them.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from fractions import Fraction
@@ -23,7 +29,7 @@ from av.audio.stream import AudioStream
 from av.container import InputContainer, OutputContainer
 from av.packet import Packet
 
-from tokenflow_batch.video.facts import AudioFacts
+from tokenflow_batch.video.facts import AudioFacts, VideoFacts
 from tokenflow_batch.video.reader import demux, longest_leap, open_source
 
 COPIED = frozenset({"aac", "ac3", "alac", "dts", "eac3", "flac", "mp2", "mp3", "opus"})
@@ -32,6 +38,7 @@ COPIED = frozenset({"aac", "ac3", "alac", "dts", "eac3", "flac", "mp2", "mp3", "
 _LAYOUTS = {1: "mono", 6: "5.1", 8: "7.1"}  # by channels; anything else is mixed to stereo
 _BITS_PER_CHANNEL = 96_000
 _FALLBACK_RATE = 48_000
+_LEAD_IN = Fraction(1, 10)
 
 
 class AudioTrack:
@@ -41,14 +48,16 @@ class AudioTrack:
     source interleaves them.
     """
 
-    def __init__(self, stack: ExitStack, path: Path, facts: AudioFacts, origin: Fraction) -> None:
+    def __init__(
+        self, stack: ExitStack, path: Path, facts: AudioFacts, picture: VideoFacts
+    ) -> None:
         """Open a stream.
 
         Args:
             stack: closes the source.
             path: the source.
             facts: which of its streams.
-            origin: seconds on the source's clock that become zero.
+            picture: what it sounds to.
 
         Raises:
             VideoError: the source can't be opened.
@@ -57,7 +66,12 @@ class AudioTrack:
         self.facts = facts
         self.warnings: list[str] = []
         self._stream = next(s for s in container.streams.audio if s.index == facts.index)
-        self._origin, self._path, self._leap = origin, path, longest_leap(container)
+        self._path, self._leap = path, longest_leap(container)
+        self._origin = picture.origin * picture.time_base
+        self._cut_off = round((picture.zero - picture.origin) * picture.time_base * facts.rate)
+        self._length = None
+        if picture.skipped is not None:
+            self._length = math.ceil(picture.duration * facts.rate)
         self._packets = self._read(container)
         first = next(self._packets, None)
         self.empty = first is None
@@ -121,12 +135,20 @@ class AudioTrack:
         for packet in self._packets:
             stamp = packet.dts if packet.pts is None else packet.pts
             samples = self._samples(packet, clock.coarse)
-            time = clock.place(self._time(stamp, packet.time_base), samples)
+            time = clock.place(self._time(stamp, packet.time_base), samples) - self._cut_off
+            if not self._heard(time, samples):
+                continue
             packet.stream = output
             packet.time_base = Fraction(1, self.facts.rate)
             packet.pts = packet.dts = time
             packet.duration = samples
             yield packet
+
+    def _heard(self, time: int, samples: int) -> bool:
+        """Whether samples at `time` belong to the part, or lead into it."""
+        if self._length is None:
+            return True
+        return -_LEAD_IN * self.facts.rate < time + samples and time < self._length
 
     def _samples(self, packet: Packet[AudioStream], coarse: bool) -> int:
         """How many samples a packet holds: counted, where the container only says roughly."""
@@ -141,7 +163,10 @@ class AudioTrack:
     def _converted(self, output: AudioStream) -> Iterator[Packet[AudioStream]]:
         clock, begun = self._clock(), False
         for frame in self._decoded():
-            frame.pts = clock.place(self._time(frame.pts, frame.time_base), frame.samples)
+            time = clock.place(self._time(frame.pts, frame.time_base), frame.samples)
+            frame.pts = time - self._cut_off
+            if not self._heard(frame.pts, frame.samples):
+                continue
             frame.time_base = Fraction(1, self.facts.rate)
             yield from output.encode(frame)
             begun = True

@@ -5,6 +5,7 @@ All times are exact: integers counted in `time_base`, a `Fraction` of a second.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 from typing import Any
@@ -38,6 +39,25 @@ class AudioFacts:
     """Samples per second; 0 where this build of FFmpeg can't read the stream."""
     channels: int
     language: str | None
+
+
+def average_rate(
+    rates: Iterable[Fraction], pts: NDArray[np.int64], last_duration: int, time_base: Fraction
+) -> Fraction:
+    """The first of the rates whose grid has all timestamps to within a tick, or the measured one.
+
+    Args:
+        rates: frames per second that are likely.
+        pts: (F,), in `time_base`.
+        last_duration: of the last frame, in `time_base`.
+        time_base: seconds per tick.
+    """
+    for rate in rates:
+        grid = np.arange(len(pts)) * float(1 / (rate * time_base))
+        if np.abs(pts - pts[0] - grid).max() <= 1:
+            return rate
+    measured = len(pts) / ((int(pts[-1]) + last_duration - int(pts[0])) * time_base)
+    return measured.limit_denominator(1_000_000)
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,11 +96,21 @@ class VideoFacts:
     """Packets that could not be decoded, and frames the decoder itself called corrupt."""
     retimed: int
     """Frames whose timestamp was missing or not later than the one before; see `reader`."""
+    skipped: int | None = None
+    """Frames of the file before the first of these, where they are a part of it; else None."""
 
     @property
     def frames(self) -> int:
         """Number of frames, F."""
         return len(self.pts)
+
+    @property
+    def zero(self) -> int:
+        """What becomes time zero of an edited video, in `time_base`.
+
+        A part begins with its first frame; a whole video when its source does.
+        """
+        return self.origin if self.skipped is None else int(self.pts[0])
 
     @property
     def duration(self) -> Fraction:

@@ -39,8 +39,10 @@ from numpy.typing import NDArray
 
 from tokenflow_batch.ahead import ahead
 from tokenflow_batch.errors import VideoError
+from tokenflow_batch.ranges import Part
 from tokenflow_batch.video.colour import ToRgb
-from tokenflow_batch.video.facts import AudioFacts, ColourTags, VideoFacts
+from tokenflow_batch.video.facts import AudioFacts, ColourTags, VideoFacts, average_rate
+from tokenflow_batch.video.parts import behind, cut
 
 StreamT = TypeVar("StreamT", bound=Stream)
 
@@ -51,36 +53,50 @@ _AHEAD = 4
 """Decoded frames kept ready."""
 
 
-def probe(path: Path, progress: Callable[[int], None] | None = None) -> VideoFacts:
-    """Decode a file once and report what is in it.
+def probe(
+    path: Path, progress: Callable[[int], None] | None = None, part: Part | None = None
+) -> VideoFacts:
+    """Decode a file once, up to the end of the part, and report what is in it.
 
     Args:
         path: a video file.
         progress: called with the number of frames decoded so far.
+        part: whose facts are wanted; the whole video's where None.
 
     Returns:
         The facts. Takes 8 bytes of memory a frame.
 
     Raises:
         VideoError: the file is missing, empty, a folder, unreadable, no video, has sound only, or
-            not one frame of it can be decoded.
+            not one frame of it can be decoded; or the part is not in it.
     """
     with open_source(path) as container:
         stream = picture_stream(container, path)
         decoder, clock = _Decoder(container, stream, path), _Clock(container, stream)
         stamps = array("q")
         first = last = None
+        more = False
         for last in decoder:
             first = first or last
             stamps.append(clock.time_of(last))
             if progress is not None:
                 progress(len(stamps))
+            more = part is not None and behind(
+                part,
+                len(stamps),
+                stamps[-1] - _origin(container, stamps[0], clock.time_base),
+                clock.time_base,
+            )
+            if more:
+                break
         if first is None or last is None:
             raise VideoError(
                 f"{path}: no frame can be decoded ({decoder.damaged} damaged packets)",
                 hint="play the file: if that fails too, get another copy of it",
             )
-        return _facts(container, stream, np.array(stamps, np.int64), (first, last), decoder, clock)
+        pts = np.array(stamps, np.int64)
+        facts = _facts(container, stream, pts, (first, last), decoder, clock)
+        return facts if part is None else cut(facts, part, path, more=more)
 
 
 def _facts(
@@ -98,11 +114,12 @@ def _facts(
     if rotation % 180:
         width, height, aspect = height, width, 1 / aspect
     last_duration = _last_duration(last, pts, clock)
+    rates = [rate for rate in (stream.average_rate, stream.guessed_rate) if rate]
     return VideoFacts(
         pts=pts,
         last_duration=last_duration,
         time_base=clock.time_base,
-        rate=_average_rate(stream, pts, last_duration, clock.time_base),
+        rate=average_rate(rates, pts, last_duration, clock.time_base),
         origin=_origin(container, int(pts[0]), clock.time_base),
         width=width,
         height=height,
@@ -130,8 +147,8 @@ def read_frames(
 
     Args:
         path: the file that `facts` came from.
-        facts: what `probe` said about it.
-        start: first frame, counted from 0.
+        facts: what `probe` said about it, or about a part of it.
+        start: first frame, counted from 0 at the beginning of the part.
         stop: one after the last frame; all that follow where None.
 
     Yields:
@@ -156,9 +173,12 @@ def _frames(path: Path, facts: VideoFacts, start: int, stop: int) -> Iterator[ND
     with open_source(path) as container:
         stream = picture_stream(container, path)
         clock = _Clock(container, stream)
-        seen = 0
+        seen, part = -(facts.skipped or 0), facts.skipped is not None
         for frame in _Decoder(container, stream, path):
-            if seen >= facts.frames or clock.time_of(frame) != facts.pts[seen]:
+            time = clock.time_of(frame)
+            if part and seen == facts.frames:
+                return  # the file goes on
+            if seen >= facts.frames or (seen >= 0 and time != facts.pts[seen]):
                 raise changed
             if seen == stop:
                 return
@@ -351,19 +371,6 @@ def _last_duration(last: VideoFrame, pts: NDArray[np.int64], clock: _Clock) -> i
     if last.duration > 0:
         return last.duration
     return int(pts[-1] - pts[-2]) if len(pts) > 1 else clock.period
-
-
-def _average_rate(
-    stream: VideoStream, pts: NDArray[np.int64], last_duration: int, time_base: Fraction
-) -> Fraction:
-    """The header's rate where every timestamp is on its grid to within a tick, or else measured."""
-    for rate in (stream.average_rate, stream.guessed_rate):
-        if rate:
-            grid = np.arange(len(pts)) * float(1 / (rate * time_base))
-            if np.abs(pts - pts[0] - grid).max() <= 1:
-                return rate
-    measured = len(pts) / ((int(pts[-1]) + last_duration - int(pts[0])) * time_base)
-    return measured.limit_denominator(1_000_000)
 
 
 def _origin(container: InputContainer, first: int, time_base: Fraction) -> int:

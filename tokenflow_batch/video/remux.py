@@ -1,7 +1,7 @@
 """From segments and a source's sound to the finished file, without decoding either.
 
 The picture gets the source's timestamps to the tick, so variable frame rates and gaps survive. The
-source's time zero (`VideoFacts.origin`) becomes zero. Subtitles, chapters and data tracks are not
+source's time zero (`VideoFacts.zero`) becomes zero. Subtitles, chapters and data tracks are not
 taken along.
 
 The output is always an MP4 with its index in front, ready to be streamed. It appears under its name
@@ -84,7 +84,7 @@ def _write(
             if not stream.rate:
                 warnings.append(f"audio track {stream.index} left out: no decoder for it")
                 continue
-            track = AudioTrack(stack, source, stream, facts.origin * facts.time_base)
+            track = AudioTrack(stack, source, stream, facts)
             if not track.empty:
                 tracks.append(track)
         options = _timescales(facts, tracks)
@@ -115,7 +115,7 @@ def _timescales(facts: VideoFacts, tracks: Sequence[AudioTrack]) -> dict[str, st
     while picture < 10_000:  # as FFmpeg would, for players that dislike coarse clocks
         picture *= 2
     # Where a track starts late, that is said in units of the movie's clock, not of the track's.
-    late = [track.facts.rate for track in tracks if track.start > 0]
+    late = [t.facts.rate for t in tracks if t.start > 0 or facts.skipped is not None]
     movie = math.lcm(_MOVIE_TIMESCALE, *late, _start(facts).denominator)
     longest = int(facts.durations().max()) * facts.time_base * picture
     if max(picture, movie) >= 2**31 or longest >= 2**32:
@@ -130,7 +130,7 @@ def _timescales(facts: VideoFacts, tracks: Sequence[AudioTrack]) -> dict[str, st
 
 
 def _start(facts: VideoFacts) -> Fraction:
-    return (int(facts.pts[0]) - facts.origin) * facts.time_base
+    return (int(facts.pts[0]) - facts.zero) * facts.time_base
 
 
 def _add_picture(container: OutputContainer, segment: Path, facts: VideoFacts) -> VideoStream:
@@ -163,7 +163,7 @@ def _picture_packets(
                     raise _wrong_count(segments, facts)
                 packet.stream = picture
                 packet.time_base = facts.time_base
-                packet.pts = packet.dts = int(facts.pts[count]) - facts.origin
+                packet.pts = packet.dts = int(facts.pts[count]) - facts.zero
                 packet.duration = int(durations[count])
                 count += 1
                 yield packet
