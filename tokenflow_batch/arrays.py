@@ -6,7 +6,7 @@ The stages lay their stores out by these functions and `forecast` counts bytes b
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,31 +100,25 @@ def match_arrays(
     steps: int,
     frames: int,
     chunk_frames: int,
-    sites: Mapping[int, int],
+    tokens: Iterable[int],
     conv: Shape,
     conv_steps: int,
 ) -> Specs:
-    """Correspondences per token count, and convolution features of the first steps.
+    """Correspondences, one field per token count, and convolution features of the first steps.
 
     Args:
         steps: T.
         frames: F.
         chunk_frames: frames per block.
-        sites: token count → how many sites have it.
+        tokens: the token counts that sites have.
         conv: (C, h, w) of the features.
         conv_steps: of how many steps they are kept.
     """
     specs = {
-        index_name(tokens): ArraySpec(
-            "match",
-            (steps,),
-            frames,
-            chunk_frames,
-            (count, 2, tokens),
-            index_dtype(tokens),
-            compress=True,
+        index_name(n): ArraySpec(
+            "match", (steps,), frames, chunk_frames, (2, n), index_dtype(n), compress=True
         )
-        for tokens, count in sites.items()
+        for n in tokens
     }
     if conv_steps:
         specs["conv"] = ArraySpec("match", (conv_steps,), frames, chunk_frames, conv, "float16")

@@ -17,7 +17,7 @@ from tokenflow_batch.files import digest_json
 VERSIONS: Mapping[StageName, int] = {
     "encode": 2,
     "invert": 2,
-    "match": 1,
+    "match": 2,
     "edit": 2,
     "render": 1,
     "report": 2,

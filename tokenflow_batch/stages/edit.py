@@ -188,8 +188,8 @@ class _Inputs:
         index: dict[int, Tensor] = {}
         for tokens, group in self._groups.items():
             data = self._match.read(index_name(tokens), (self.step,), frames)
-            for position, site in enumerate(group):
-                index[site.index] = torch.from_numpy(data[:, position].astype("int64"))
+            shared = torch.from_numpy(data.astype("int64"))
+            index.update({site.index: shared for site in group})
         return [index[i] for i in range(len(index))]
 
 

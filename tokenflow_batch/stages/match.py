@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -17,7 +17,7 @@ from tokenflow_batch.stages.base import Stage, StageContext
 from tokenflow_batch.stages.clip import Clip, InvertedLatents, read_clip
 from tokenflow_batch.store import Array, unit_name
 from tokenflow_batch.tokenflow.attention import Hooks, tokenflow_hooks
-from tokenflow_batch.tokenflow.correspondence import Backend, match_frames
+from tokenflow_batch.tokenflow.correspondence import Backend, match_frames, side_by_side
 from tokenflow_batch.tokenflow.ddim import Schedule
 from tokenflow_batch.tokenflow.denoise import Denoiser
 from tokenflow_batch.tokenflow.injection import Site, attention_sites, conv_shape
@@ -48,9 +48,9 @@ class Match(Stage):
         latent_hw = (hw[0], hw[1])
         sites = attention_sites(model.unet)
         conv = conv_shape(model.unet, latent_hw, s.conv_site)
-        counts = {n: len(group) for n, group in sites_by_tokens(sites, latent_hw).items()}
+        tokens = sites_by_tokens(sites, latent_hw)
         size = (s.steps, clip.frames, clip.chunk_frames)
-        specs = match_arrays(*size, counts, conv, context.job.stored_conv_steps)
+        specs = match_arrays(*size, tokens, conv, context.job.stored_conv_steps)
         store = context.store(folder, specs)
         units = {
             unit_name("match", (step, chunk.index)): (step, chunk)
@@ -103,7 +103,8 @@ class _Matching:
     def unit(self, step: int, chunk: Chunk, *, keep_conv: bool) -> dict[str, Array]:
         """Correspondences and convolution features of a chunk's frames at one step.
 
-        By array name: `index_L` (N, sites with L tokens, 2, L) and `conv` (N, C, h, w) float16.
+        By array name: `index_L` (N, 2, L), shared by all sites with L tokens, and `conv`
+        (N, C, h, w) float16.
 
         The keyframes that the chunk's frames look at go first, those just outside included; then
         the other frames, a batch at a time, so that tokens are held for keyframes alone.
@@ -118,18 +119,25 @@ class _Matching:
         keyframes = [drawn[k] for k in used]
         filling = _Filling(chunk, near, self.groups, self.matching, keep_conv=keep_conv)
         parts = [seen for _, seen in self._source(step, keyframes)]
-        filling.keyframe_tokens = [
-            torch.cat(t) for t in zip(*(p.tokens for p in parts), strict=True)
-        ]
+        filling.keyframes = {
+            n: torch.cat(found)
+            for n, found in _gathered(self._joined(seen.tokens) for seen in parts).items()
+        }
         inside = [n for n, f in enumerate(keyframes) if f in chunk.frames]
         conv = torch.cat([_conv(p) for p in parts])[inside]
-        filling.add(
-            [keyframes[n] for n in inside], [t[inside] for t in filling.keyframe_tokens], conv
-        )
+        own = {n: tokens[inside] for n, tokens in filling.keyframes.items()}
+        filling.add([keyframes[n] for n in inside], own, conv)
         others = [f for f in chunk.frames if f not in set(keyframes)]
         for batch, seen in self._source(step, others):
-            filling.add(batch, seen.tokens, _conv(seen))
+            filling.add(batch, self._joined(seen.tokens), _conv(seen))
         return filling.values
+
+    def _joined(self, tokens: Sequence[Tensor]) -> dict[int, Tensor]:
+        """Per token count L, the tokens of its sites side by side, (N, L, C)."""
+        return {
+            n: side_by_side([tokens[site.index] for site in group])
+            for n, group in self.groups.items()
+        }
 
     def _source(
         self, step: int, frames: Sequence[int]
@@ -143,6 +151,14 @@ class _Matching:
             yield batch, seen
 
 
+def _gathered(parts: Iterable[Mapping[int, Tensor]]) -> dict[int, list[Tensor]]:
+    found: dict[int, list[Tensor]] = {}
+    for part in parts:
+        for n, tokens in part.items():
+            found.setdefault(n, []).append(tokens)
+    return found
+
+
 class _Filling:
     """The arrays of one unit, filled batch by batch."""
 
@@ -150,31 +166,27 @@ class _Filling:
         self,
         chunk: Chunk,
         near: dict[int, Neighbours],
-        groups: dict[int, list[Site]],
+        tokens: Iterable[int],
         matching: Backend,
         *,
         keep_conv: bool,
     ) -> None:
-        self.chunk, self.near, self.groups, self.matching = chunk, near, groups, matching
+        self.chunk, self.near, self.matching = chunk, near, matching
         self.keep_conv = keep_conv
-        self.keyframe_tokens: list[Tensor] = []
+        self.keyframes: dict[int, Tensor] = {}
         self.values: dict[str, Array] = {
-            index_name(tokens): np.empty((len(chunk), len(group), 2, tokens), index_dtype(tokens))
-            for tokens, group in groups.items()
+            index_name(n): np.empty((len(chunk), 2, n), index_dtype(n)) for n in tokens
         }
 
-    def add(self, frames: Sequence[int], tokens: Sequence[Tensor], conv_NChw: Tensor) -> None:
-        """Match some frames at every site and put the result in its place."""
+    def add(self, frames: Sequence[int], tokens: Mapping[int, Tensor], conv_NChw: Tensor) -> None:
+        """Match some frames at every resolution and put the result in its place."""
         if not frames:
             return
         rows = [f - self.chunk.start for f in frames]
         near = [self.near[f] for f in frames]
-        for count, group in self.groups.items():
-            for position, site in enumerate(group):
-                index_N2L = match_frames(
-                    tokens[site.index], self.keyframe_tokens[site.index], near, self.matching
-                )
-                self.values[index_name(count)][rows, position] = index_N2L.cpu().numpy()
+        for n, tokens_NLC in tokens.items():
+            index_N2L = match_frames(tokens_NLC, self.keyframes[n], near, self.matching)
+            self.values[index_name(n)][rows] = index_N2L.cpu().numpy()
         if not self.keep_conv:
             return
         conv = conv_NChw.half().cpu().numpy()

@@ -55,6 +55,18 @@ def normalise(tokens_NC: Tensor) -> Tensor:
     return torch.nn.functional.normalize(tokens_NC.float(), dim=-1)
 
 
+def side_by_side(tokens: Sequence[Tensor]) -> Tensor:
+    """Tokens of several sites with one grid as one: their cosine is the mean of the sites'.
+
+    Args:
+        tokens: per site, φ (N, L, C of the site).
+
+    Returns:
+        (N, L, sum of C) float32, every site's part of unit length.
+    """
+    return torch.cat([normalise(site) for site in tokens], dim=-1)
+
+
 def nearest(query_NC: Tensor, candidates_MC: Tensor, backend: Backend) -> Tensor:
     """γ[n] = argmax_m cos(query_n, candidate_m); both already normalised.
 
