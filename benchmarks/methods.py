@@ -21,7 +21,7 @@ from torch import Tensor
 from tokenflow_batch.demo.scenes import Clip
 from tokenflow_batch.models import Model
 from tokenflow_batch.tokenflow.attention import Hooks, attend, merge_heads, split_heads
-from tokenflow_batch.tokenflow.correspondence import match_frames
+from tokenflow_batch.tokenflow.correspondence import match_frames, side_by_side
 from tokenflow_batch.tokenflow.ddim import (
     Schedule,
     implied_noise,
@@ -272,7 +272,11 @@ def neighbours(now: Moment) -> list[Neighbours]:
 def correspondences(now: Moment) -> list[Tensor]:
     """γ of every frame at every site by the default rule, each (F, 2, L)."""
     near, keyframes = neighbours(now), list(now.keyframes)
-    return [match_frames(tokens, tokens[keyframes], near, "torch") for tokens in now.tokens]
+    fields = {}
+    for length in {tokens.shape[1] for tokens in now.tokens}:
+        joined = side_by_side([t for t in now.tokens if t.shape[1] == length])
+        fields[length] = match_frames(joined, joined[keyframes], near, "torch")
+    return [fields[tokens.shape[1]] for tokens in now.tokens]
 
 
 @dataclass

@@ -75,7 +75,7 @@ class Building:
     temperature: float = 0.05
     reach: int | None = None
     radius: float | None = None
-    shared: bool = False
+    shared: bool = True
     vote: bool = True
 
     def fields(self, now: Moment) -> list[Field]:
@@ -258,7 +258,7 @@ OPTIONS: Final[Mapping[str, Method]] = {
     "gate 0.8": Variant(gate=0.8),
     "soft top-4": Variant(Building(candidates=4, vote=False)),
     "local search": Variant(Building(radius=0.25)),
-    "shared field": Variant(Building(shared=True)),
+    "field per site": Variant(Building(shared=False)),
 }
 """Beside the methods of `methods`: what each changes says its `Building`."""
 

@@ -23,7 +23,8 @@ class Reference:
 
     official: as the published code: correspondences found on the way, neighbours b and b−1, weights
         by segment centres through a sigmoid, source rows in every batch. Otherwise: features of a
-        pass over the source, both true neighbours, linear weights, votes of neighbouring tokens.
+        pass over the source and shared by sites of one resolution, both true neighbours, linear
+        weights, votes of neighbouring tokens.
     """
 
     unet: torch.nn.Module
@@ -136,15 +137,16 @@ class Reference:
 
     def _propagated(self, name, branches):
         rows = [[], [], []]
+        source = None if self.official else self._shared_tokens(name)
         for position, frame in enumerate(self.frames):
-            here = branches[0][position] if self.official else self.source_tokens[name][frame]
+            here = branches[0][position] if self.official else source[frame]
             for branch in range(3):
                 blend = 0
                 for k, weight in self._neighbours(frame):
                     there = (
                         self.keyframe_tokens[name][k]
                         if self.official
-                        else self.source_tokens[name][self.keyframes[k]]
+                        else source[self.keyframes[k]]
                     )
                     index = _nearest(here, there)
                     if not self.official and self.keyframes[k] == frame:
@@ -154,6 +156,12 @@ class Reference:
                     blend = blend + weight * gathered
                 rows[branch].append(blend)
         return torch.stack([x for branch in rows for x in branch])
+
+    def _shared_tokens(self, name):
+        """The source's tokens at all sites with as many as this one, each of length one."""
+        length = self.source_tokens[name].shape[1]
+        group = [t for t in self.source_tokens.values() if t.shape[1] == length]
+        return torch.cat([t / t.norm(dim=-1, keepdim=True) for t in group], dim=-1)
 
     def _voted(self, edited, index):
         """Each token from what the 3 × 3 tokens around it say about it, weighted 1-2-1."""

@@ -13,6 +13,7 @@ from tokenflow_batch.tokenflow.correspondence import (
     match_frames,
     nearest,
     normalise,
+    side_by_side,
     vote,
 )
 from tokenflow_batch.tokenflow.keyframes import Neighbours, true_neighbours
@@ -213,3 +214,21 @@ def test_votes_stay_on_the_grid_and_keep_the_own_match(rows, width, seed):
     torch.testing.assert_close(weight.sum(-1), torch.ones(3, 2, count))
     own = (index == torch.from_numpy(field).unsqueeze(-1)) * weight
     assert (own.sum(-1) >= 4 / 16 - 1e-6).all()
+
+
+# -- sites together --------------------------------------------------------------------------
+
+
+def test_tokens_side_by_side_have_the_mean_cosine_of_their_sites():
+    sites = [tokens(seed, 2, 6, width) for seed, width in enumerate((3, 8, 5))]
+    joined = normalise(side_by_side(sites))
+    assert joined.shape == (2, 6, 16)
+    cosines = [normalise(t[0]) @ normalise(t[1]).T for t in sites]
+    torch.testing.assert_close(joined[0] @ joined[1].T, torch.stack(cosines).mean(0))
+
+
+def test_a_site_that_is_loud_counts_no_more_than_one_that_is_quiet():
+    quiet, loud = tokens(0, 1, 5, 4), tokens(1, 1, 5, 4)
+    torch.testing.assert_close(
+        side_by_side([quiet, 100 * loud]), side_by_side([quiet, loud]), atol=1e-6, rtol=1e-5
+    )

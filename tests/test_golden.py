@@ -12,7 +12,7 @@ from reference_tokenflow import Reference
 from tiny_model import CHANNELS, SCHEDULER, WIDTH, tiny_unet
 
 from tokenflow_batch.tokenflow.attention import tokenflow_hooks
-from tokenflow_batch.tokenflow.correspondence import match_frames
+from tokenflow_batch.tokenflow.correspondence import match_frames, side_by_side
 from tokenflow_batch.tokenflow.ddim import Schedule
 from tokenflow_batch.tokenflow.denoise import Denoiser, EditSettings, Prompts, predict_window
 from tokenflow_batch.tokenflow.keyframes import draw_keyframes, segments, true_neighbours
@@ -64,8 +64,12 @@ class Inputs:
 
     def correspondences(self, frames):
         near = [true_neighbours(f, self.keyframes, self.length) for f in frames]
-        picked = list(frames)
-        return [match_frames(t[picked], t[self.keyframes], near, "torch") for t in self.seen.tokens]
+        picked, every = list(frames), self.seen.tokens
+        fields = []
+        for tokens in every:
+            joined = side_by_side([t for t in every if t.shape[1] == tokens.shape[1]])
+            fields.append(match_frames(joined[picked], joined[self.keyframes], near, "torch"))
+        return fields
 
 
 def ours(unet, kind, schedule, settings, case):

@@ -38,10 +38,10 @@ def changed(**options):
 LITERAL = {
     "encode": "79ca856a10d75d7cd4dd26fc",
     "invert": "ae8a1ed02b1c9b7f5f5512d8",
-    "match": "ba33cae308134cf1c97f17ef",
-    "edit": "1cc2e2d142fc088efb54bd68",
-    "render": "4345a8682aa8e8f6d17ed11a",
-    "report": "d4173c27ff20274a9ed01df8",
+    "match": "1772d965c221ea0d357c9d17",
+    "edit": "a679e6c4eee5e0ea109befd1",
+    "render": "686aa15e1d0b7ccedae7eba4",
+    "report": "682005497500d2d49f5105a7",
 }
 
 
