@@ -228,7 +228,7 @@ def write_sheet(path: Path, scene: Scene, videos: Mapping[str, Frames]) -> None:
     """Source, methods and the perfect edit at the same times."""
     times = np.unique(np.linspace(0, len(scene.clip) - 1, 8).round().astype(int))
     rows = {name: [frames[i] for i in times] for name, frames in videos.items()}
-    title = f"{scene.clip.caption} → {scene.wanted.caption}"
+    title = f"{scene.clip.caption} to {scene.wanted.caption}"
     contact_sheet(path, title, [f"frame {i}" for i in times], rows)
 
 
