@@ -108,7 +108,8 @@ def by_stage(manifest: Path) -> dict[str, float]:
     from tokenflow_batch.manifest import load
 
     batch = load(manifest)
-    inputs, found = Inputs.of(batch), {}
+    inputs = Inputs.of(batch)
+    found: dict[str, float] = {}
     for stage in STAGES:
         key = inputs.keys(batch.jobs[0])[stage].key
         totals = StageFolder(inputs.workspace.stage(stage, key), stage, key).totals()
