@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from tokenflow_batch.config import StageName
+from tokenflow_batch.errors import DamagedUnit
 from tokenflow_batch.footprint import host_bytes, largest_batches
 from tokenflow_batch.ledger import StageFolder
 from tokenflow_batch.stages.base import StageContext
@@ -38,9 +39,12 @@ class MemoryUse:
         peak = self._peak()
         if not self._whole or not peak:
             return {}
-        clip = read_clip(context)
+        try:
+            clip = read_clip(context)
+            shape = ArrayStore.open(context.folder("encode")).specs["latents"].tail
+        except DamagedUnit:  # whoever needs it will see to it; this stage is done
+            return {}
         rows = largest_batches(context.settings, clip.frames, clip.cuts)[stage]
-        shape = ArrayStore.open(context.folder("encode")).specs["latents"].tail
         return {
             "memory": {
                 "batch": rows * shape[1] * shape[2],
