@@ -116,7 +116,9 @@ def test_killed_and_started_again_it_ends_with_the_same_bits(whole, tmp_path, ti
     assert killed_at_work >= 1
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_a_signal_stops_it_soon_and_nothing_is_lost(whole, tmp_path, tiny_model, number):
     reference, idle, duration = whole
     shutil.copy2(reference.parent / "clip.mp4", tmp_path)

@@ -224,6 +224,7 @@ def begun(plain, folder):
     return manifest
 
 
+@pytest.mark.slow
 def test_killed_with_scratch_it_goes_on_without_to_the_same_bits(plain, tmp_path):
     manifest, scratch = begun(plain, tmp_path), tmp_path / "scratch"
     work = manifest.parent / "out" / ".work"

@@ -189,7 +189,10 @@ def test_a_window_attends_to_foreign_anchors_and_to_no_other(unet):
 LONG = {"window_segments": 3, "window_overlap": 1, "anchors": 2, "steps": 2}
 
 
-@pytest.mark.parametrize(("mode", "frames"), [("default", 9), ("default", 16), ("official", 10)])
+@pytest.mark.parametrize(
+    ("mode", "frames"),
+    [("default", 9), pytest.param("default", 16, marks=pytest.mark.slow), ("official", 10)],
+)
 def test_windows_in_any_order_give_the_same_bits(tiny_model, tmp_path, monkeypatch, mode, frames):
     clip(tmp_path / "clip.mp4", frames)
     settings = {**LONG, "mode": mode}
