@@ -1,6 +1,6 @@
 """Are the joins of a long clip's windows visible? Ways of cutting it, against one single window.
 
-    python benchmarks/seams.py [--scenes 4] [--frames 192] [--steps 15] [--json FILE] [--sheets DIR]
+    python benchmarks/seams.py [--scenes 4] [--frames 192] [--steps 10] [--json FILE] [--sheets DIR]
 
 Moving generated clips (changing light, a post in front, zoom and rotation, plain) are edited by
 colour and texture in turn, in windows of 4 segments that share 2 (40 joins at the defaults, some
@@ -301,7 +301,7 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=4)
     parser.add_argument("--frames", type=int, default=192, help="of each clip")
     parser.add_argument("--size", type=int, default=64, help="side in pixels")
-    parser.add_argument("--steps", type=int, default=15)
+    parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model", default="demo", help="'demo' or a pipeline's folder")
     parser.add_argument("--processes", type=int, default=2, help="scenes measured at once")
