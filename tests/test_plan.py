@@ -10,7 +10,7 @@ import yaml
 from tokenflow_batch.config import Settings
 from tokenflow_batch.demo.job import write_clip
 from tokenflow_batch.demo.scenes import Clip
-from tokenflow_batch.plan import rows, unet_calls
+from tokenflow_batch.plan import row_counts, rows, unet_calls
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from rows import compare
@@ -57,6 +57,29 @@ def test_balanced_rows_per_frame():
     assert per_frame["invert"] == 50
     assert per_frame["match"] == pytest.approx(25, rel=0.02)  # keyframes just outside a chunk
     assert per_frame["edit"] == 25 * (2 + 2 / 8) + 12 / 8
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"mode": "official"},
+        {"technique": "sdedit", "strength": 0.5},
+        {"segment_length": 4, "window_segments": 4, "window_overlap": 1, "anchors": 3},
+        {"segment_length": 4, "window_segments": 4, "mode": "official", "unet_batch": 3},
+        {"segment_length": 5, "window_segments": 2, "window_overlap": 1, "chunk_frames": 7},
+        {"segment_length": 9, "window_segments": 3, "window_overlap": 1, "chunk_frames": 4},
+        {"segment_length": 1, "chunk_frames": 5, "keyframe_seed": 7},
+    ],
+)
+@pytest.mark.parametrize("frames", [1, 8, 23, 24, 61])
+@pytest.mark.parametrize("cuts", [(), (7,), (4, 5, 20)])
+def test_counted_rows_are_those_of_the_listed_calls(settings, frames, cuts):
+    if cuts and (cuts[-1] >= frames or "mode" in settings):
+        pytest.skip("no such clip")
+    s = Settings(steps=6, inversion_steps=6, **settings)
+    listed = {stage: rows(calls) for stage, calls in unet_calls(s, frames, cuts).items()}
+    assert row_counts(s, frames, cuts) == listed
 
 
 def test_planning_does_not_import_torch():

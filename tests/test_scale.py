@@ -7,6 +7,11 @@ import sys
 
 import pytest
 
+from tokenflow_batch.errors import DiskFullError
+from tokenflow_batch.files import FileMemory
+from tokenflow_batch.manifest import load
+from tokenflow_batch.paths import Workspace
+
 CLIPS, EDITS = 2000, 5
 BARE = """
 import typer
@@ -34,27 +39,55 @@ def cost(*arguments, folder):
     return seconds, done.stdout
 
 
-@pytest.mark.slow
-def test_status_of_ten_thousand_written_out_edits_takes_five_seconds(tmp_path):
+def glance(command, code, folder):
+    """Processor seconds of a look at `m.yaml`, and its output; at most 500 MB, and no torch."""
+    # A process of its own also measures the peak: another child may have been larger.
+    return cost(
+        "-c",
+        "import resource, runpy, sys\n"
+        f"sys.argv = ['tokenflow_batch', '{command}', 'm.yaml']\n"
+        "try: runpy.run_module('tokenflow_batch', run_name='__main__')\n"
+        f"except SystemExit as end: assert (end.code or 0) == {code}, end.code\n"
+        "assert 'torch' not in sys.modules\n"
+        "used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "assert used * 1024 < 500e6, used",
+        folder=folder,
+    )
+
+
+def write_batch(folder):
+    """A manifest of thousands of clips, all written out, and files in place of the videos."""
     lines = ["version: 1", "model: demo", "clips:"]
     for clip in range(CLIPS):
         lines += [f"  - video: clip{clip}.mp4", "    edits:"]
         for edit in range(EDITS):
             lines += [f"      - name: edit{edit}", f'        prompt: "style {edit} of {clip}"']
-        (tmp_path / f"clip{clip}.mp4").write_bytes(bytes(1000 + clip))
-    (tmp_path / "m.yaml").write_text("\n".join(lines))
-    # A process of its own also measures the peak: another child may have been larger.
-    seconds, said = cost(
-        "-c",
-        "import resource, runpy, sys\n"
-        "sys.argv = ['tokenflow_batch', 'status', 'm.yaml']\n"
-        "try: runpy.run_module('tokenflow_batch', run_name='__main__')\n"
-        "except SystemExit as end: assert not end.code, end.code\n"
-        "used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "assert used * 1024 < 500e6, used",
-        folder=tmp_path,
-    )
+        (folder / f"clip{clip}.mp4").write_bytes(bytes(1000 + clip))
+    (folder / "m.yaml").write_text("\n".join(lines))
+
+
+@pytest.mark.slow
+def test_status_of_ten_thousand_written_out_edits_takes_five_seconds(tmp_path):
+    write_batch(tmp_path)
+    seconds, said = glance("status", 0, tmp_path)
     assert said.count(b"\n") == CLIPS * EDITS + 1
+    assert seconds < 5
+
+
+@pytest.mark.slow
+def test_plan_of_ten_thousand_written_out_edits_takes_five_seconds(tmp_path):
+    """Headers were read before; no two clips are of the same length."""
+    write_batch(tmp_path)
+    batch = load(tmp_path / "m.yaml")
+    headers = FileMemory(Workspace(batch.output, batch.workdir).headers)
+    for number, job in enumerate(batch.jobs[::EDITS]):
+        stat = job.video.stat()
+        header = {"frames": 2 + number, "width": 4096, "height": 2160, "rate": 25.0}
+        headers.keep(job.video, [stat.st_size, stat.st_mtime_ns], header)
+    headers.save()
+    seconds, said = glance("plan", DiskFullError.exit_code, tmp_path)  # petabytes
+    last = f"clip{CLIPS - 1}/edit{EDITS - 1} "
+    assert f"~{CLIPS + 1} " in next(x for x in said.decode().splitlines() if x.startswith(last))
     assert seconds < 5
 
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
+from operator import attrgetter
+from typing import Any
 
 from tokenflow_batch.arrays import edit_arrays, encode_arrays, invert_arrays, match_arrays
 from tokenflow_batch.config import Job, Settings, StageName
 from tokenflow_batch.footprint import Peaks, largest_batches, largest_window, predicted
+from tokenflow_batch.geometry import Fit, plan_geometry
 from tokenflow_batch.inputs import Keys
 from tokenflow_batch.measured import Measured
 from tokenflow_batch.model_shape import ModelShape
-from tokenflow_batch.plan import layout_of, rows, unet_calls
+from tokenflow_batch.plan import layout_of, row_counts
 from tokenflow_batch.tokenflow.modes import MODES
 
 RECORD, FILE, STAGE_FILES = 170, 190, 1900
@@ -64,49 +67,81 @@ class Known:
 
 @dataclass(frozen=True)
 class JobSizes:
-    """One job's costs as if nothing were there.
+    """A job's costs as if nothing were there: the same for all jobs that `alike` can't tell apart.
 
     Attributes:
         known: what is the same for all jobs.
-        job: which.
+        settings: of the job.
+        stored_conv_steps: of how many steps `match` keeps convolution features.
         clip: length and size.
-        frame_shape: (C, h, w) of the latents.
-        pixels: of a frame of the output, in latent pixels.
+        working: (width, height) in pixels.
     """
 
     known: Known
-    job: Job
+    settings: Settings
+    stored_conv_steps: int
     clip: ClipSize
-    frame_shape: tuple[int, int, int]
-    pixels: float
+    working: tuple[int, int]
+
+    @classmethod
+    def of(cls, known: Known, job: Job, clip: ClipSize) -> JobSizes:
+        """Of a job.
+
+        Raises:
+            ValueError: the clip can't be brought to the wanted resolution.
+        """
+        s, size = job.settings, (clip.width, clip.height)
+        working = plan_geometry(size, s.resolution, Fit(s.fit), known.shape.multiple).working
+        return cls(known, s, job.stored_conv_steps, clip, working)
 
     def cost(self, stage: StageName, keys: Keys) -> tuple[int, float | None, int, int]:
         """Rows, seconds, bytes kept, bytes for a while."""
         work = self._rows.get(stage, 0)
-        kept, scratch = getattr(self, f"_{stage}")()
-        return work, self._seconds(stage, work, keys), kept, scratch
+        if stage not in self._bytes:
+            self._bytes[stage] = getattr(self, f"_{stage}")()
+        return work, self._seconds(stage, work, keys), *self._bytes[stage]
 
     def peak(self, stage: StageName, keys: Keys) -> int | None:
         """Bytes of the device at once, None where nothing is known."""
-        batches = _batches(_counted(self.job.settings), self.clip.frames, self.clip.cuts)
-        return predicted(self._peaks(stage, keys), stage, batches[stage] * self._area)
+        return predicted(self._peaks(stage, keys), stage, self._batches[stage] * self._area)
 
     def window(self, keys: Keys, budget: int) -> int | None:
         """The largest `window_segments` within so many bytes, None where there is none."""
-        s = _counted(self.job.settings)
+        s = self.settings
         longest = min(s.segment_length, self.clip.frames)
         return largest_window(self._peaks("edit", keys), s, longest, self._area, budget)
 
     def _peaks(self, stage: StageName, keys: Keys) -> Peaks:
         return self.known.measured.peaks.get(_model(stage, keys), {})
 
+    @cached_property
+    def _frame_shape(self) -> tuple[int, int, int]:
+        """(C, h, w) of the latents."""
+        return self.known.shape.frame_shape(self.working)
+
+    @cached_property
+    def _pixels(self) -> float:
+        """Of a frame of the output, in latent pixels."""
+        whole = self.settings.restore_size
+        width, height = (self.clip.width, self.clip.height) if whole else self.working
+        return width * height / self.known.shape.vae_factor**2
+
     @property
     def _area(self) -> int:
-        return self.frame_shape[1] * self.frame_shape[2]
+        return self._frame_shape[1] * self._frame_shape[2]
+
+    @cached_property
+    def _bytes(self) -> dict[StageName, tuple[int, int]]:
+        """Kept and for a while, as far as asked for."""
+        return {}
 
     @cached_property
     def _rows(self) -> Mapping[StageName, int]:
-        return _rows(_counted(self.job.settings), self.clip.frames, self.clip.cuts)
+        return row_counts(self.settings, self.clip.frames, self.clip.cuts)
+
+    @cached_property
+    def _batches(self) -> Mapping[StageName, int]:
+        return largest_batches(self.settings, self.clip.frames, self.clip.cuts)
 
     def _seconds(self, stage: StageName, work: int, keys: Keys) -> float | None:
         amount = work if stage in ("invert", "match", "edit") else self.clip.frames
@@ -117,21 +152,21 @@ class JobSizes:
 
     @property
     def _grid(self) -> tuple[int, int]:
-        return self.clip.frames, self.job.settings.chunk_frames
+        return self.clip.frames, self.settings.chunk_frames
 
     @property
     def _chunks(self) -> int:
-        return -(-self.clip.frames // self.job.settings.chunk_frames)
+        return -(-self.clip.frames // self.settings.chunk_frames)
 
     def _encode(self) -> tuple[int, int]:
-        (spec,) = encode_arrays(*self._grid, self.frame_shape, self.known.dtype).values()
+        (spec,) = encode_arrays(*self._grid, self._frame_shape, self.known.dtype).values()
         stamps = 128 + 8 * self.clip.frames  # pts.npy
         return spec.stored_bytes() + stamps + _records(self._chunks) + 2 * RECORD, 0
 
     def _invert(self) -> tuple[int, int]:
-        s = self.job.settings
+        s = self.settings
         specs = invert_arrays(
-            s.inversion_steps, *self._grid, self.frame_shape, self.known.dtype
+            s.inversion_steps, *self._grid, self._frame_shape, self.known.dtype
         ).values()
         kept = s.steps + (s.inversion_steps > s.steps)  # and the noisiest
         step = sum(spec.stored_bytes(1) for spec in specs)
@@ -139,12 +174,12 @@ class JobSizes:
         return kept * step + records, 2 * step if s.inversion_steps > s.steps else 0
 
     def _match(self) -> tuple[int, int]:
-        s, job = self.job.settings, self.job
+        s = self.settings
         if not MODES[s.mode].stored_source:
             return STAGE_FILES, 0
-        shape, hw = self.known.shape, self.frame_shape[1:]
+        shape, hw = self.known.shape, self._frame_shape[1:]
         conv = shape.conv_shape(hw, s.conv_site)
-        specs = match_arrays(s.steps, *self._grid, shape.tokens(hw), conv, job.stored_conv_steps)
+        specs = match_arrays(s.steps, *self._grid, shape.tokens(hw), conv, self.stored_conv_steps)
         total = 0
         for name, spec in specs.items():
             ratio = self.known.measured.ratio.get(name) if spec.compress else 1.0
@@ -153,11 +188,11 @@ class JobSizes:
         return total + _records(s.steps * self._chunks, len(specs)), 0
 
     def _edit(self) -> tuple[int, int]:
-        s = self.job.settings
+        s = self.settings
         layout = layout_of(s, self.clip.frames, self.clip.cuts)
         windows = (len(layout.windows), max(map(len, layout.windows)))
         history = 1 if s.sampler == "dpmsolver++" else 0
-        specs = edit_arrays(s.steps, *self._grid, self.frame_shape, windows, history)
+        specs = edit_arrays(s.steps, *self._grid, self._frame_shape, windows, history)
         noise = specs.pop("noise").stored_bytes(windows[0])
         state = sum(spec.stored_bytes(1) for spec in specs.values())
         steps = s.steps - s.first_step
@@ -175,28 +210,25 @@ class JobSizes:
         measured = self.known.measured.pixel.get(stage)
         self.known.guess(measured)
         rate = PIXEL_BYTES[stage] if measured is None else measured
-        return round(rate * self.pixels * self.clip.frames)
+        return round(rate * self._pixels * self.clip.frames)
 
 
 def _records(units: int, files: int = 1) -> int:
     return STAGE_FILES + units * (RECORD + files * FILE)
 
 
-_ROW_SETTINGS = (
+_COUNTED = attrgetter(
     *("steps", "inversion_steps", "inversion_iterations", "mode", "chunk_frames", "unet_batch"),
     *("keyframe_seed", "segment_length", "window_segments", "window_overlap", "anchors"),
-    *("technique", "attn_t", "f_t", "strength", "vae_batch"),
+    *("technique", "attn_t", "f_t", "strength", "vae_batch", "sampler", "conv_site"),
+    *("resolution", "fit", "restore_size"),
 )
+"""All settings that costs depend on, but for `cuts`, which a clip's size has."""
 
 
-def _counted(settings: Settings) -> Settings:
-    """Only what the number of UNet calls depends on, so that equal counts are made once."""
-    return Settings.model_construct(**{name: getattr(settings, name) for name in _ROW_SETTINGS})
-
-
-@cache
-def _batches(settings: Settings, frames: int, cuts: tuple[int, ...]) -> Mapping[StageName, int]:
-    return largest_batches(settings, frames, cuts)
+def alike(job: Job, clip: ClipSize) -> tuple[Any, ...]:
+    """What a job's costs follow from: jobs with equal values cost the same."""
+    return _COUNTED(job.settings), job.stored_conv_steps, clip
 
 
 def _model(stage: StageName, keys: Keys) -> str:
@@ -204,8 +236,3 @@ def _model(stage: StageName, keys: Keys) -> str:
     if stage in ("encode", "render", "report"):
         return str(keys["encode"].described["vae"])
     return str(keys["invert"].described["model"])
-
-
-@cache
-def _rows(settings: Settings, frames: int, cuts: tuple[int, ...]) -> Mapping[StageName, int]:
-    return {stage: rows(calls) for stage, calls in unet_calls(settings, frames, cuts).items()}

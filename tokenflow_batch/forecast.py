@@ -12,19 +12,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from tokenflow_batch.config import STAGES, Batch, Job, StageName
-from tokenflow_batch.costs import ClipSize, JobSizes, Known
+from tokenflow_batch.costs import ClipSize, JobSizes, Known, alike
 from tokenflow_batch.errors import TokenflowBatchError, VideoError
 from tokenflow_batch.files import FileMemory
-from tokenflow_batch.geometry import Fit, plan_geometry
 from tokenflow_batch.inputs import Inputs, Keys
 from tokenflow_batch.ledger import StageFolder
 from tokenflow_batch.measured import Measured, stored_bytes
 from tokenflow_batch.model_shape import ModelShape
 from tokenflow_batch.ranges import part_frames
-from tokenflow_batch.status import StageStatus, needed_again, stage_status
+from tokenflow_batch.status import Looking, StageStatus, needed_again
 
 State = Literal["done", "freed", "shared", "begun", "again", "to do"]
 """`freed`: done, its data removed since to keep the disk budget; `again`: so, but needed again."""
@@ -168,15 +167,15 @@ class _Counting:
 
     def __init__(self, inputs: Inputs, budget: int | None) -> None:
         self.inputs, self.workspace = inputs, inputs.workspace
-        self.shape = ModelShape.of(inputs.model)
         measured = Measured.of(inputs.workspace, inputs.batch.runtime.device.partition(":")[0])
-        self.known = Known(self.shape, measured, _float_dtype(inputs.batch))
+        self.known = Known(ModelShape.of(inputs.model), measured, _float_dtype(inputs.batch))
         self.headers = FileMemory(inputs.workspace.headers)
         self.windows: list[int | None] = []
         self._budget = budget
         self._new_headers = False
         self._taken: set[str] = set()
-        self._found: dict[str, StageStatus] = {}
+        self._looking = Looking(inputs.workspace)
+        self._counted: dict[tuple[Any, ...], JobSizes] = {}
         self._sizes: dict[str, ClipSize] = {}
 
     def headers_changed(self) -> None:
@@ -188,31 +187,26 @@ class _Counting:
         """The costs of one job that no earlier one has."""
         if keys is None:
             return JobCost(job, error=f"{job.video}: no such file, or it can't be read")
-        s = job.settings
         try:
             clip = self._clip(job, keys)
-            size = (clip.width, clip.height)
-            working = plan_geometry(size, s.resolution, Fit(s.fit), self.shape.multiple).working
+            counted = self._sizes_of(job, clip)
         except TokenflowBatchError as error:
             return JobCost(job, error=error.message)
         except ValueError as error:
             return JobCost(job, error=f"{job.video}: {error} ({job.where})")
-        output = size if s.restore_size else working
-        frame_shape = self.shape.frame_shape(working)
-        pixels = output[0] * output[1] / self.shape.vae_factor**2
-        counted = JobSizes(self.known, job, clip, frame_shape, pixels)
         if self._budget is not None:
             self.windows.append(counted.window(keys, self._budget))
-        found = {stage: self._look(stage, keys[stage].key) for stage in STAGES}
+        found = {stage: self._looking.at(stage, keys[stage].key) for stage in STAGES}
         again = needed_again({stage: now.state for stage, now in found.items()})
         stages = {s: self._stage(counted, s, keys, found[s], again=s in again) for s in STAGES}
         published = sum(stages[stage].bytes for stage in ("render", "report"))
-        return JobCost(job, clip, working, stages, published)
+        return JobCost(job, clip, counted.working, stages, published)
 
-    def _look(self, stage: StageName, key: str) -> StageStatus:
-        if key not in self._found:
-            self._found[key] = stage_status(self._folder(stage, key))
-        return self._found[key]
+    def _sizes_of(self, job: Job, clip: ClipSize) -> JobSizes:
+        kind = alike(job, clip)
+        if kind not in self._counted:
+            self._counted[kind] = JobSizes.of(self.known, job, clip)
+        return self._counted[kind]
 
     def _folder(self, stage: StageName, key: str) -> StageFolder:
         return StageFolder(self.workspace.stage(stage, key), stage, key)

@@ -5,15 +5,23 @@ Torch-free. The stages make exactly these calls (benchmarks/rows.py compares).
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 from tokenflow_batch.config import Settings, StageName
-from tokenflow_batch.tokenflow.keyframes import draw_keyframes, segments, true_neighbours
+from tokenflow_batch.tokenflow.keyframes import (
+    Segment,
+    draw_keyframe,
+    draw_keyframes,
+    segments,
+    true_neighbours,
+)
 from tokenflow_batch.tokenflow.modes import MODES, Injection, Mode, branch_count
-from tokenflow_batch.tokenflow.windows import Layout, batches, chunks
+from tokenflow_batch.tokenflow.windows import Layout, Window, batches, chunks
 
 
 @dataclass(frozen=True)
@@ -75,6 +83,84 @@ def unet_calls(settings: Settings, frames: int, cuts: Sequence[int] = ()) -> dic
         "match": _match(settings, frames, cuts) if mode.stored_source else Counter(),
         "edit": _edit(settings, frames, mode, cuts),
     }
+
+
+def row_counts(settings: Settings, frames: int, cuts: tuple[int, ...] = ()) -> dict[StageName, int]:
+    """The rows of `unet_calls` alone, without listing the calls: for thousands of clips.
+
+    Args:
+        settings: of the job.
+        frames: F.
+        cuts: first frames of all shots but the first.
+    """
+    s, mode = settings, MODES[settings.mode]
+    layout, injection = layout_of(s, frames, cuts), injection_of(s)
+    drawn = [_drawn(s.keyframe_seed, step, layout) for step in range(s.steps)]
+    edit = 0
+    for step in range(s.first_step, s.steps):
+        joint = branch_count(mode, injection, step, keyframe_pass=True)
+        spread = branch_count(mode, injection, step, keyframe_pass=False)
+        for window in layout.windows:
+            edit += joint * (len(window.segments) + len(layout.anchors))
+            edit += spread * _predicted(layout, mode, drawn[step], window)
+    match = s.steps * frames + _outside(layout, s.chunk_frames, drawn)
+    return {
+        "invert": frames * s.inversion_steps * (1 + s.inversion_iterations),
+        "match": match if mode.stored_source else 0,
+        "edit": edit,
+    }
+
+
+def _drawn(seed: int, step: int, layout: Layout) -> list[int]:
+    """`draw_keyframes`, faster: clips without cuts differ in their last segment only."""
+    if layout.cuts:
+        return draw_keyframes(seed, step, layout.segments)
+    whole = len(layout.segments) - 1
+    many = _whole_draws(seed, step, layout.length, 1 << whole.bit_length())
+    return [*many[:whole], draw_keyframe(seed, step, layout.segments[-1])]
+
+
+@lru_cache(maxsize=1024)
+def _whole_draws(seed: int, step: int, length: int, count: int) -> list[int]:
+    return draw_keyframes(seed, step, segments(count * length, length))
+
+
+def _predicted(layout: Layout, mode: Mode, drawn: Sequence[int], window: Window) -> int:
+    """How many frames a window predicts: `Layout.own_frames`, counted."""
+    if mode.neighbours is not true_neighbours:
+        return len(layout.own_frames(mode.neighbours, drawn, window))
+    # All of its own but those that look at a keyframe of the same shot in another window.
+    first, last = window.segments[0], window.segments[-1]
+    start = window.start if _begins_shot(layout, first) else drawn[first.index]
+    stop = window.stop if _ends_shot(layout, last) else drawn[last.index] + 1
+    return stop - start
+
+
+def _outside(layout: Layout, chunk_frames: int, drawn: Sequence[Sequence[int]]) -> int:
+    """Over all steps, how many keyframes lie in other chunks than the frames that look at them.
+
+    A keyframe beyond a border of chunks is looked at from the frame at the border if from any,
+    unless that frame is a keyframe itself.
+    """
+    found, segs = 0, layout.segments
+    starts = [segment.start for segment in segs]
+    for border in range(chunk_frames, layout.frames, chunk_frames):
+        after = bisect_right(starts, border) - 1
+        before = after - (segs[after].start == border)
+        ends, begins = _ends_shot(layout, segs[before]), _begins_shot(layout, segs[after])
+        for keyframes in drawn:
+            left, right = keyframes[before], keyframes[after]
+            found += left > border - 1 or (left < border - 1 and not ends)
+            found += right < border or (right > border and not begins)
+    return found
+
+
+def _begins_shot(layout: Layout, segment: Segment) -> bool:
+    return segment.start == 0 or segment.start in layout.cuts
+
+
+def _ends_shot(layout: Layout, segment: Segment) -> bool:
+    return segment.stop == layout.frames or segment.stop in layout.cuts
 
 
 def _plain(items: Sequence[int], batch: int) -> Counter[UNetCall]:

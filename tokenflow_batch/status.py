@@ -71,7 +71,7 @@ def status(batch: Batch) -> list[JobStatus]:
         ModelError: the model is not on this disk.
     """
     inputs = Inputs.of(batch, download=False)
-    looking = _Looking(inputs.workspace)
+    looking = Looking(inputs.workspace)
     found = []
     for job in batch.jobs:
         keys = inputs.known_keys(job)
@@ -88,8 +88,12 @@ def status(batch: Batch) -> list[JobStatus]:
     return found
 
 
-class _Looking:
-    """Looks at each stage folder once, and at none that is not there."""
+class Looking:
+    """Looks at each stage folder once, and at none that is not there.
+
+    Args:
+        workspace: where to look.
+    """
 
     def __init__(self, workspace: Workspace) -> None:
         self.workspace, self.began = workspace, workspace.digests.exists()
@@ -101,9 +105,9 @@ class _Looking:
     def at(self, stage: StageName, key: str) -> StageStatus:
         """The state of a stage folder."""
         if (stage, key) not in self._seen:
-            there = self._there[stage]
-            folder = StageFolder(self.workspace.stage(stage, key), stage, key)
-            found = stage_status(folder) if key in there else StageStatus("waiting", 0, key)
+            there, found = self._there[stage], StageStatus("waiting", 0, key)
+            if key in there:
+                found = stage_status(StageFolder(self.workspace.stage(stage, key), stage, key))
             settled = found.state in ("done", "freed")
             if not settled and f"{key}.lock" in there and self._locked(stage, key):
                 found = replace(found, state="running")
