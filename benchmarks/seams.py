@@ -113,12 +113,13 @@ class Windows:
         )
         total = torch.zeros_like(x)
         blend = layout.blend(true_neighbours, drawn, Chunk(0, 0, frames))
-        parts = {window.index: weights for window, weights in blend}
+        parts = {window.index: torch.tensor(weights) for window, weights in blend}
+        owner = torch.stack([parts[w.index] for w in layout.windows]).argmax(dim=0)
         for window in layout.windows:
             moment = layout.moment(true_neighbours, drawn, window)
-            weight = torch.tensor(parts[window.index])
-            if self.once:
-                weight = (weight > 0.5).float()
+            weight = parts[window.index]
+            if self.once:  # of equal weights the earlier window's counts
+                weight = (owner == window.index).float()
                 moment = only(moment, [f for f in moment.frames if weight[f] > 0])
             noise = predict_window(
                 denoiser,

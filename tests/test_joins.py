@@ -105,6 +105,13 @@ def test_verdicts_of_the_benchmark_name_every_way(edited):
     assert all(np.isfinite(row["value"]) for row in found["bounds"])
 
 
+@pytest.mark.slow
+def test_no_frame_is_left_without_a_prediction_at_a_join(edited):
+    _, videos = edited
+    apart = np.abs(videos["keyframes overlap"].astype(int) - videos["windows"]).mean(axis=(1, 2, 3))
+    assert apart.max() < 20, apart  # a frame that keeps its noise is far from both
+
+
 def test_anchors_by_look_are_far_apart():
     source = torch.zeros(20, 1, 2, 2)
     source[10:] = 1
