@@ -52,9 +52,12 @@ def whole(tmp_path_factory, tiny_model):
 
 
 def committed(work):
-    """Per commit record: its content, its file's facts and those of the files that it lists."""
+    """Per commit record: its content, its file's facts and those of the files that it lists.
+
+    What a kill has left of one that was being written has a name with a dot in front.
+    """
     found = {}
-    for record in work.glob("*/*/commits/*.json"):
+    for record in work.glob("*/*/commits/[!.]*.json"):
         content = json.loads(record.read_text())
         facts = snapshot(record.parents[1]) if not content["dropped"] else {}
         files = {name: facts.get(name) for name in content["files"]} if facts else {}

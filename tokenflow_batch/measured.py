@@ -136,7 +136,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _records(folder: Path) -> Iterator[tuple[Mapping[str, Any], Mapping[str, int]]]:
     """Facts and file sizes of every unit; the files of dropped ones count too."""
-    for path in (folder / "commits").glob("*.json"):
+    for path in (folder / "commits").glob("[!.]*.json"):
         raw = _read(path)
         files = {name: int(size) for name, (size, _) in raw.get("files", {}).items()}
         yield raw.get("facts", {}), files
