@@ -144,6 +144,7 @@ class Moment:
         alpha: its ᾱ.
         keyframes: as drawn for this step.
         source: inverted latents, (F, C, h, w).
+        clean: VAE latents, (F, C, h, w).
         tokens: per site φ of every source frame, (F, L, C); empty where no method asks for them.
         conv: the source's convolution features, (F, C, h, w).
         prompts: text embeddings.
@@ -156,6 +157,7 @@ class Moment:
     alpha: float
     keyframes: Sequence[int]
     source: Tensor
+    clean: Tensor
     tokens: list[Tensor]
     conv: Tensor
     prompts: Prompts
@@ -373,7 +375,17 @@ def edit(
         keyframes = draw_keyframes(thresholds.keyframe_seed, step, segs)
         source = prepared.source[step]
         now = Moment(
-            step, t, alpha, keyframes, source, [], source, prompts, thresholds, len(schedule)
+            step,
+            t,
+            alpha,
+            keyframes,
+            source,
+            prepared.clean,
+            [],
+            source,
+            prompts,
+            thresholds,
+            len(schedule),
         )
         now.tokens, now.conv = _source_pass(denoiser, hooks, now, prompts.source.unsqueeze(0))
         observe(now)

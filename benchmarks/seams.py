@@ -7,8 +7,8 @@ colour and texture in turn, in windows of 4 segments that share 2 (40 joins at t
 half an hour on two cores), all ways from the same inverted latents:
 
 - one window: TokenFlow as published, the whole clip at once; every figure is relative to it;
-- windows: the default; 4 global anchors, ramps over the overlap;
-- no anchors; anchors by appearance (spread over what the source looks like instead of over time);
+- windows: the default; 4 global anchors that differ in look, ramps over the overlap;
+- no anchors; anchors spread evenly over time; 8 anchors;
 - keyframes overlap: the cheaper way, ordinary frames are computed once and windows change at the
   middle of an overlap;
 - pieces: independent edits of as many segments, side by side.
@@ -62,7 +62,13 @@ from tokenflow_batch.tokenflow.attention import Hooks, tokenflow_hooks
 from tokenflow_batch.tokenflow.denoise import Denoiser, EditSettings, predict_window
 from tokenflow_batch.tokenflow.keyframes import draw_keyframes, segments, true_neighbours
 from tokenflow_batch.tokenflow.modes import DEFAULT
-from tokenflow_batch.tokenflow.windows import Chunk, Layout, WindowMoment
+from tokenflow_batch.tokenflow.windows import (
+    Chunk,
+    Layout,
+    WindowMoment,
+    look_of,
+    spread_by_look,
+)
 
 Frames = NDArray[np.uint8]
 
@@ -90,12 +96,12 @@ class Windows:
 
     Attributes:
         anchors: how many keyframes every window attends to.
-        by_look: choose them by the source's appearance instead of evenly in time.
+        by_look: choose them by the source's look instead of evenly in time.
         once: compute ordinary frames in one window alone, without ramps.
     """
 
     anchors: int = ANCHORS
-    by_look: bool = False
+    by_look: bool = True
     once: bool = False
 
     def __call__(self, denoiser: Denoiser, hooks: Hooks, now: Moment, x: Tensor) -> Tensor:
@@ -103,7 +109,9 @@ class Windows:
         frames, drawn = len(x), now.keyframes
         layout = plan(frames, self.anchors)
         if self.by_look:
-            layout = replace(layout, anchors=spread_by_look(now.source, drawn, self.anchors))
+            middles = [(s.start + s.stop) // 2 for s in layout.segments]
+            chosen = spread_by_look(look_of(now.clean[middles]), len(layout.anchors))
+            layout = replace(layout, anchors=chosen)
         inputs = Inputs(now, x, correspondences(now))
         settings = EditSettings(
             guidance_scale=now.thresholds.guidance_scale,
@@ -147,16 +155,6 @@ def only(moment: WindowMoment, frames: Sequence[int]) -> WindowMoment:
     )
 
 
-def spread_by_look(source: Tensor, drawn: Sequence[int], count: int) -> tuple[int, ...]:
-    """Segments whose keyframes differ most: each next is farthest from all before, in latents."""
-    looks = source[list(drawn)].flatten(1)
-    distance = torch.cdist(looks, looks).fill_diagonal_(-1)
-    chosen = [int(distance.sum(dim=1).argmin())]
-    while len(chosen) < min(count, len(drawn)):
-        chosen.append(int(distance[chosen].min(dim=0).values.argmax()))
-    return tuple(sorted(chosen))
-
-
 def pieces(denoiser: Denoiser, hooks: Hooks, now: Moment, x: Tensor) -> Tensor:
     """Independent edits of as many segments as a window has, each with keyframes of its own."""
     found, whole = [], TokenFlow(DEFAULT)
@@ -167,6 +165,7 @@ def pieces(denoiser: Denoiser, hooks: Hooks, now: Moment, x: Tensor) -> Tensor:
             now,
             keyframes=draw_keyframes(now.thresholds.keyframe_seed + start, now.step, segs),
             source=now.source[part],
+            clean=now.clean[part],
             tokens=[tokens[part] for tokens in now.tokens],
             conv=now.conv[part],
         )
@@ -183,7 +182,8 @@ WAYS: Final[Mapping[str, Method]] = {
     "one window": TokenFlow(DEFAULT),
     "windows": Windows(),
     "no anchors": Windows(anchors=0),
-    "anchors by look": Windows(by_look=True),
+    "anchors over time": Windows(by_look=False),
+    "8 anchors": Windows(anchors=8),
     "keyframes overlap": Windows(once=True),
     "pieces": pieces,
 }

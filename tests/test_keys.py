@@ -39,9 +39,9 @@ LITERAL = {
     "encode": "79ca856a10d75d7cd4dd26fc",
     "invert": "ae8a1ed02b1c9b7f5f5512d8",
     "match": "1772d965c221ea0d357c9d17",
-    "edit": "a679e6c4eee5e0ea109befd1",
-    "render": "686aa15e1d0b7ccedae7eba4",
-    "report": "682005497500d2d49f5105a7",
+    "edit": "b4fd9d77e6a386385e5783d5",
+    "render": "073e87728a654649023aa924",
+    "report": "198cb1ba49e46334595ff57d",
 }
 
 

@@ -62,6 +62,7 @@ def test_weights_of_a_field_sum_to_one(options_):
         0.5,
         [1, 4],
         torch.zeros(7, 3, 4, 4),
+        torch.zeros(7, 3, 4, 4),
         tokens,
         torch.zeros(1),
         None,

@@ -15,7 +15,7 @@ from tokenflow_batch.tokenflow.attention import tokenflow_hooks
 from tokenflow_batch.tokenflow.keyframes import draw_keyframes
 from tokenflow_batch.tokenflow.modes import MODES
 from tokenflow_batch.tokenflow.passes import KeyframePass
-from tokenflow_batch.tokenflow.windows import Chunk, Layout, chunks
+from tokenflow_batch.tokenflow.windows import Chunk, Layout, chunks, look_of, spread_by_look
 
 RULES = [mode.neighbours for mode in MODES.values()]
 
@@ -129,6 +129,37 @@ def test_an_overlap_of_nothing_or_of_more_than_half_is_refused(size, overlap):
         Layout.plan(100, 2, size=size, overlap=overlap)
 
 
+# -- which keyframes are anchors -------------------------------------------------------------
+
+
+@given(st.integers(1, 30), st.integers(1, 12), st.integers(0, 2**31), st.integers(1, 30))
+def test_anchors_are_apart_in_look_and_leave_nothing_far_from_them(segments, count, seed, kinds):
+    """What is not chosen is nearer to an anchor than any two anchors are to each other."""
+    draw = torch.Generator().manual_seed(seed)
+    looks = torch.randn(kinds, 5, dtype=torch.float64, generator=draw)
+    looks = looks[torch.randint(kinds, (segments,), generator=draw)]  # some are equal
+    chosen = spread_by_look(looks, count)
+    assert list(chosen) == sorted(set(chosen))
+    assert len(chosen) == min(count, segments)
+    distance = torch.cdist(looks, looks)
+    others = [i for i in range(segments) if i not in chosen]
+    if others and len(chosen) > 1:
+        among = distance[list(chosen)][:, list(chosen)].fill_diagonal_(torch.inf)
+        reach = distance[others][:, list(chosen)].min(dim=1).values.max()
+        assert reach <= among.min() + 1e-9
+
+
+def test_a_look_tells_light_and_place_but_not_noise():
+    dark, light = torch.zeros(2, 4, 16, 16), torch.ones(2, 4, 16, 16)
+    noise = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0)) * 0.1
+    moved = light.clone()
+    moved[..., :8] = 0
+    looks = look_of(torch.cat([dark, dark + noise, light, light + noise, moved]))
+    assert looks.shape == (10, 4 * 64)
+    chosen = spread_by_look(looks, 3)
+    assert {c // 4 for c in chosen} == {0, 1, 2}  # one of each
+
+
 # -- anchors in the keyframe pass ------------------------------------------------------------
 
 
@@ -203,6 +234,9 @@ def test_windows_in_any_order_give_the_same_bits(tiny_model, tmp_path, monkeypat
     forward = edited_latents(manifest)
     records = [u for u in folder_of(manifest, "edit").units() if u.startswith("window-00001-")]
     assert len(records) == {9: 1, 10: 2, 16: 3}[frames], records
+    if len(records) > 1:
+        anchors = folder_of(manifest, "edit").record("anchors")
+        assert len(anchors.facts["segments"]) == LONG["anchors"]
 
     whole = _Editing._window
     pending = []
@@ -229,4 +263,5 @@ def test_settings_of_windows_do_not_touch_a_clip_that_is_one_window(tiny_model, 
         manifest = write_manifest(tmp_path, tiny_model, **{**LONG, "window_segments": size})
         run_one(manifest)
         found.append(edited_latents(manifest))
+        assert not folder_of(manifest, "edit").committed("anchors")
     assert np.array_equal(*found)

@@ -97,7 +97,7 @@ class Settings(Frozen):
         2, ge=1, le=2048, description="O, segments shared by neighbouring windows"
     )
     anchors: int = Field(
-        4, ge=0, le=256, description="keyframes of the whole clip that every window attends to"
+        4, ge=0, le=256, description="keyframes of the clip that every window attends to"
     )
     chunk_frames: int = Field(64, ge=1, le=65536, description="frames per unit of work and shard")
     unet_batch: int = Field(8, ge=1, le=4096, description="frames per UNet call outside the edit")

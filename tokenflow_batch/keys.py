@@ -18,7 +18,7 @@ VERSIONS: Mapping[StageName, int] = {
     "encode": 2,
     "invert": 2,
     "match": 2,
-    "edit": 2,
+    "edit": 3,
     "render": 1,
     "report": 2,
 }

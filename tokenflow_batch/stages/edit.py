@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -30,12 +30,22 @@ from tokenflow_batch.tokenflow.injection import Site
 from tokenflow_batch.tokenflow.keyframes import draw_keyframes
 from tokenflow_batch.tokenflow.modes import MODES
 from tokenflow_batch.tokenflow.samplers import SAMPLERS, Sampler, State
-from tokenflow_batch.tokenflow.windows import Chunk, Layout, Window
+from tokenflow_batch.tokenflow.windows import (
+    Chunk,
+    Layout,
+    Window,
+    batches,
+    look_of,
+    spread_by_look,
+)
+
+ANCHORS = "anchors"
 
 
 class Edit(Stage):
     """Units: per sampling step, one per *window* (its noise predictions), then one per chunk to
-    *advance* the latents. Both are dropped once the next step's latents are all there."""
+    *advance* the latents. Both are dropped once the next step's latents are all there. Before all
+    of them, in a clip of several windows, the choice of *anchors*."""
 
     name = "edit"
 
@@ -46,7 +56,7 @@ class Edit(Stage):
         schedule = model.schedule(s.steps)
         inversion = model.schedule(s.inversion_steps)
         source = InvertedLatents(context.folder("invert"), schedule, inversion)
-        layout, sampler = clip.layout(s), SAMPLERS[s.sampler]
+        layout, sampler = _anchored(context, folder, clip), SAMPLERS[s.sampler]
         frame_shape = model.frame_shape(clip.geometry.working)
         size = (s.steps, clip.frames, clip.chunk_frames)
         windows = (len(layout.windows), max(map(len, layout.windows)))
@@ -84,6 +94,25 @@ class Edit(Stage):
             )
             for step in range(first, s.steps):
                 work.step(step, s, sampler, advance)
+
+
+def _anchored(context: StageContext, folder: StageFolder, clip: Clip) -> Layout:
+    """The clip's windows, with anchors that differ in look: chosen once, and committed."""
+    layout = clip.layout(context.settings)
+    if not layout.anchors:
+        return layout
+
+    def choose() -> None:
+        clean = CleanLatents(context.folder("encode"))
+        middles = [(s.start + s.stop) // 2 for s in layout.segments]
+        parts = batches(middles, context.settings.unet_batch)
+        looks = torch.cat([look_of(clean.read(part)) for part in parts])
+        chosen = spread_by_look(looks, len(layout.anchors))
+        folder.commit(ANCHORS, (), {"segments": chosen})
+
+    context.sharing.once(folder, ANCHORS, choose)
+    record = folder.check(ANCHORS)
+    return replace(layout, anchors=tuple(record.facts["segments"]))
 
 
 def _edit_settings(context: StageContext, latent_hw: tuple[int, int]) -> EditSettings:
