@@ -58,6 +58,7 @@ from tokenflow_batch.metrics import look, warp_error
 from tokenflow_batch.model_files import locate
 from tokenflow_batch.models import Model, resolve
 from tokenflow_batch.models import load as load_model
+from tokenflow_batch.tokenflow.anchors import look_of, spread_by_look
 from tokenflow_batch.tokenflow.attention import Hooks, tokenflow_hooks
 from tokenflow_batch.tokenflow.denoise import Denoiser, EditSettings, predict_window
 from tokenflow_batch.tokenflow.keyframes import draw_keyframes, segments, true_neighbours
@@ -66,8 +67,6 @@ from tokenflow_batch.tokenflow.windows import (
     Chunk,
     Layout,
     WindowMoment,
-    look_of,
-    spread_by_look,
 )
 
 Frames = NDArray[np.uint8]

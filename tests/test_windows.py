@@ -11,11 +11,12 @@ from jobs import clip, edited_latents, folder_of, run_one, write_manifest
 from tiny_model import CHANNELS
 
 from tokenflow_batch.stages.edit import _Editing
+from tokenflow_batch.tokenflow.anchors import look_of, spread_by_look
 from tokenflow_batch.tokenflow.attention import tokenflow_hooks
 from tokenflow_batch.tokenflow.keyframes import draw_keyframes
 from tokenflow_batch.tokenflow.modes import MODES
 from tokenflow_batch.tokenflow.passes import KeyframePass
-from tokenflow_batch.tokenflow.windows import Chunk, Layout, chunks, look_of, spread_by_look
+from tokenflow_batch.tokenflow.windows import Chunk, Layout, chunks
 
 RULES = [mode.neighbours for mode in MODES.values()]
 

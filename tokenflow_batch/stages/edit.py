@@ -18,6 +18,7 @@ from tokenflow_batch.stages.base import Advance, Stage, StageContext
 from tokenflow_batch.stages.clip import CleanLatents, Clip, InvertedLatents, read_clip
 from tokenflow_batch.stages.match import sites_by_tokens
 from tokenflow_batch.store import ArrayStore, unit_name
+from tokenflow_batch.tokenflow.anchors import look_of, spread_by_look
 from tokenflow_batch.tokenflow.attention import Hooks, tokenflow_hooks
 from tokenflow_batch.tokenflow.ddim import Schedule, renoise
 from tokenflow_batch.tokenflow.denoise import (
@@ -35,8 +36,6 @@ from tokenflow_batch.tokenflow.windows import (
     Layout,
     Window,
     batches,
-    look_of,
-    spread_by_look,
 )
 
 ANCHORS = "anchors"

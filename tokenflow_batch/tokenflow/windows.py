@@ -17,10 +17,6 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TypeVar
 
-import torch
-from torch import Tensor
-from torch.nn import functional
-
 from tokenflow_batch.tokenflow.keyframes import (
     NeighbourRule,
     Neighbours,
@@ -90,7 +86,7 @@ class Layout:
         segments: of the whole clip, in order.
         windows: over the segments, in order; one if the clip is no longer than a window.
         anchors: the segments whose keyframes every window attends to, ascending; none if there is
-            one window. Spread evenly until `spread_by_look` has chosen them.
+            one window. Spread evenly until `anchors.spread_by_look` has chosen them.
     """
 
     frames: int
@@ -242,42 +238,6 @@ class WindowMoment:
         """A clip without cuts as one window, at the step whose keyframes are `drawn`."""
         near = tuple(rule(frame, drawn, length, ()) for frame in range(frames))
         return cls(range(frames), tuple(drawn), near)
-
-
-def look_of(latents_NChw: Tensor) -> Tensor:
-    """What a frame looks like, coarsely: its clean latents averaged over an 8 × 8 grid.
-
-    Args:
-        latents_NChw: (N, C, h, w).
-
-    Returns:
-        (N, 64 C) float64; so little that a clip's segments can all be held at once.
-    """
-    return functional.adaptive_avg_pool2d(latents_NChw.double(), 8).flatten(1)
-
-
-def spread_by_look(looks_KD: Tensor, count: int) -> tuple[int, ...]:
-    """The segments that differ most in look: farthest-point sampling (Gonzalez, 1985).
-
-    The first is the one most like all others; every next is the one farthest from its nearest among
-    those chosen, the earliest of equals.
-
-    Args:
-        looks_KD: (K, D) float64, one row a segment; see `look_of`.
-        count: how many.
-
-    Returns:
-        min(count, K) different indices, ascending.
-    """
-    looks = looks_KD.cpu()
-    chosen: list[int] = []
-    start = (looks - looks.mean(dim=0)).square().sum(dim=1)
-    nearest = torch.full((len(looks),), torch.inf, dtype=looks.dtype)
-    while len(chosen) < min(count, len(looks)):
-        chosen.append(int(nearest.argmax() if chosen else start.argmin()))
-        nearest = nearest.minimum((looks - looks[chosen[-1]]).square().sum(dim=1))
-        nearest[chosen] = -1.0  # those never again, even among equals
-    return tuple(sorted(chosen))
 
 
 def covering(windows: Sequence[Window], chunk: Chunk) -> list[Window]:
