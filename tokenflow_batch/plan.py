@@ -212,11 +212,13 @@ def _edit(s: Settings, frames: int, mode: Mode, cuts: Sequence[int]) -> Counter[
 
 def layout_of(s: Settings, frames: int, cuts: Sequence[int] = ()) -> Layout:
     """The windows of an edit of so many frames."""
-    return Layout.plan(
-        frames,
-        s.segment_length,
-        cuts,
-        size=s.window_segments,
-        overlap=s.window_overlap,
-        anchors=s.anchors,
+    return _layout(
+        frames, s.segment_length, tuple(cuts), s.window_segments, s.window_overlap, s.anchors
     )
+
+
+@lru_cache(maxsize=4)  # whoever plans asks for the same one several times in a row
+def _layout(
+    frames: int, length: int, cuts: tuple[int, ...], size: int, overlap: int, anchors: int
+) -> Layout:
+    return Layout.plan(frames, length, cuts, size=size, overlap=overlap, anchors=anchors)

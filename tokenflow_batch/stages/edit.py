@@ -241,12 +241,17 @@ class _Editing:
         sharing = self.inputs.context.sharing
         drawn = draw_keyframes(s.keyframe_seed, step, self.layout.segments)
         windows = {unit_name("window", (step, w.index, 0)): w for w in self.layout.windows}
+        told = 0
         for window in sharing.share(folder, windows):
             self._window(step, window, drawn)
+            # Earlier ones are done or in work, by whomever.
+            reached = self.clip.frames * (window.index + 1) // len(windows)
+            advance(reached - told)
+            told = reached
         chunks = {unit_name("advance", (step + 1, c.index)): c for c in self.clip.chunks}
         for chunk in sharing.share(folder, chunks):
             self._advance(step, chunk, drawn, s.first_step, sampler)
-        advance(self.clip.frames)
+        advance(self.clip.frames - told)
         with sharing.busy(folder):
             if sharing.mine(folder, f"drop-{step}"):
                 _drop_step(folder, step, self.layout.windows, self.clip)
