@@ -94,6 +94,11 @@ def sound_only(path):
     return to
 
 
+def interlaced(stream):
+    stream.codec_context.options = {"x264-params": "interlaced=1:tff=1"}
+
+
+EARLY = {"pts": steps(8, 1, -3), "time_base": TWENTIETH}
 FRONT = {"movflags": "faststart"}
 ROWS = {
     "variable frame rate": Row("vfr.mp4", {"pts": VFR, "time_base": TICK}, frames=9),
@@ -117,6 +122,9 @@ ROWS = {
     ),
     "wrong extension": Row("really.mp4", plain(), change=rename("film.avi")),
     "no extension": Row("named.mp4", plain(), change=rename("film")),
+    "negative timestamps": Row("early.ts", EARLY | {"avoid_negative_ts": "disabled"}, frames=8),
+    "cut off by an edit list": Row("edited.mp4", EARLY | {"sound": ["aac"]}, 5, ("aac",)),
+    "interlaced": Row("fields.mp4", plain(setup=interlaced)),
     "240 frames a second": Row(
         "fast.mp4",
         {"pts": steps(24, 1), "time_base": Fraction(1, 240), "rate": Fraction(240)},
@@ -138,7 +146,8 @@ ROWS = {
     "animated GIF": Row("a.gif", plain(codec="gif", pixel_format="rgb8")),
     "still image": Row("still.png", plain(1, codec="png", pixel_format="rgb24"), frames=1),
 }
-EXACT = set(ROWS) - {"damaged packets", "truncated, index in front", "rotation flag", "odd size"}
+OTHER_PICTURES = {"damaged packets", "truncated, index in front", "cut off by an edit list"}
+EXACT = set(ROWS) - OTHER_PICTURES - {"rotation flag", "odd size"}
 COARSE = {"grey": 60, "animated GIF": 30}
 """Formats that hold fewer colours."""
 
