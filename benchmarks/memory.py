@@ -39,7 +39,7 @@ from pathlib import Path
 from typing import Any, Final
 from unittest.mock import patch
 
-from tokenflow_batch.config import STAGES, StageName
+from tokenflow_batch.stage_names import STAGES, StageName
 
 BOUND: Final = 4096.0
 """Bytes a frame that count as flat: timestamps and the units' bookkeeping."""

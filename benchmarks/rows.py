@@ -26,12 +26,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula, sdpa_flop_count
 
-from tokenflow_batch.config import Job, Settings, StageName
+from tokenflow_batch.config import Job, Settings
 from tokenflow_batch.geometry import Fit, plan_geometry
 from tokenflow_batch.manifest import load
 from tokenflow_batch.models import Model
 from tokenflow_batch.plan import UNetCall, rows, unet_calls
 from tokenflow_batch.runner import Runner
+from tokenflow_batch.stage_names import StageName
 from tokenflow_batch.stages.base import Advance
 from tokenflow_batch.stages.clip import read_clip
 from tokenflow_batch.tokenflow.attention import Hooks, tokenflow_hooks

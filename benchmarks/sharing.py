@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from tokenflow_batch.config import StageName
+from tokenflow_batch.stage_names import StageName
 
 STAGES: tuple[StageName, ...] = ("encode", "invert", "match", "edit", "render")
 FRAMES, SIZE = 80, 64

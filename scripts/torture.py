@@ -34,12 +34,12 @@ from typing import Any, Final
 
 import torch
 
-from tokenflow_batch.config import STAGES, StageName
 from tokenflow_batch.demo.job import write_clip
 from tokenflow_batch.demo.scenes import Clip, recoloured
 from tokenflow_batch.manifest import load
 from tokenflow_batch.results import exit_code
 from tokenflow_batch.runner import Runner
+from tokenflow_batch.stage_names import STAGES, StageName
 from tokenflow_batch.stages.edit import read_edited
 from tokenflow_batch.video import probe, read_frames
 

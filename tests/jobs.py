@@ -11,12 +11,12 @@ from typer.testing import CliRunner
 from video_files import frames_of, make, steps
 
 from tokenflow_batch.cli import app
-from tokenflow_batch.config import STAGES
 from tokenflow_batch.files import digest
 from tokenflow_batch.inputs import Inputs
 from tokenflow_batch.ledger import StageFolder
 from tokenflow_batch.manifest import load
 from tokenflow_batch.runner import Runner
+from tokenflow_batch.stage_names import STAGES
 from tokenflow_batch.store import ArrayStore
 
 SIZE = (64, 32)

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from jobs import clip, command, folder_of, write_manifest
 
-from tokenflow_batch.config import STAGES
 from tokenflow_batch.manifest import load
+from tokenflow_batch.stage_names import STAGES
 from tokenflow_batch.status import status as read_status
 
 BIN = Path(sys.executable).parent

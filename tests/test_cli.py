@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from jobs import clip, command, published, run_one, write_manifest
 
-from tokenflow_batch.config import STAGES
+from tokenflow_batch.stage_names import STAGES
 
 COMMAND = Path(sys.executable).with_name("tokenflow-batch")
 HEAVY = ("torch", "numpy", "diffusers", "transformers", "zarr", "av", "cv2", "faiss")

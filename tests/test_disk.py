@@ -19,7 +19,6 @@ from jobs import (
     write_manifest,
 )
 
-from tokenflow_batch.config import STAGES
 from tokenflow_batch.disk import keep_within, parse_size
 from tokenflow_batch.errors import ManifestError, MissingInput
 from tokenflow_batch.files import DigestMemory, tree_bytes
@@ -27,6 +26,7 @@ from tokenflow_batch.inputs import Inputs
 from tokenflow_batch.ledger import StageFolder
 from tokenflow_batch.manifest import load
 from tokenflow_batch.slurm import missing
+from tokenflow_batch.stage_names import STAGES
 from tokenflow_batch.status import status
 
 DATA = STAGES[:4]

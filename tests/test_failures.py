@@ -26,11 +26,11 @@ from jobs import (
     write_manifest,
 )
 
-from tokenflow_batch.config import STAGES
 from tokenflow_batch.errors import DamagedUnit
 from tokenflow_batch.files import digest
 from tokenflow_batch.manifest import load
 from tokenflow_batch.results import exit_code
+from tokenflow_batch.stage_names import STAGES
 from tokenflow_batch.status import status
 
 

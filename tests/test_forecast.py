@@ -7,12 +7,12 @@ import pytest
 from jobs import clip, command, run, write_manifest
 from tiny_model import tiny_unet
 
-from tokenflow_batch.config import STAGES
 from tokenflow_batch.inputs import Inputs
 from tokenflow_batch.ledger import StageFolder
 from tokenflow_batch.manifest import load
 from tokenflow_batch.model_files import DEMO, locate
 from tokenflow_batch.model_shape import ModelShape
+from tokenflow_batch.stage_names import STAGES
 from tokenflow_batch.tokenflow.injection import attention_sites, conv_shape
 
 EDITS = [

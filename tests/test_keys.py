@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 from tokenflow_batch import keys
-from tokenflow_batch.config import STAGES, Job, Settings
+from tokenflow_batch.config import Job, Settings
 from tokenflow_batch.files import digest_json
 from tokenflow_batch.keys import Identity, stage_keys
+from tokenflow_batch.stage_names import STAGES
 
 IDENTITY = Identity(video="v" * 64, vae="a" * 64, denoiser="d" * 64)
 SETTINGS = Settings(source_prompt="a wolf", prompt="a robotic wolf")

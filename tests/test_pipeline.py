@@ -29,10 +29,10 @@ from safetensors.torch import load_file, save_file
 from tiny_model import CHANNELS, FACTOR, copied, edit_json
 from video_files import TICK, VFR, frames_of, make, packets_of
 
-from tokenflow_batch.config import STAGES
 from tokenflow_batch.manifest import load as load_manifest
 from tokenflow_batch.model_files import locate
 from tokenflow_batch.models import load
+from tokenflow_batch.stage_names import STAGES
 from tokenflow_batch.status import status
 from tokenflow_batch.store import ArrayStore
 from tokenflow_batch.video import probe

@@ -6,7 +6,7 @@ Plain data, importable without torch. Names are those of diffusers and the paper
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from itertools import pairwise
@@ -20,18 +20,7 @@ from tokenflow_batch.ranges import Part
 Dtype = Literal["auto", "fp32", "fp16", "bf16"]
 Technique = Literal["pnp", "sdedit"]
 Preset = Literal["fast", "balanced", "quality", "official"]
-StageName = Literal["encode", "invert", "match", "edit", "render", "report"]
 
-STAGES: tuple[StageName, ...] = ("encode", "invert", "match", "edit", "render", "report")
-STAGE_INPUTS: Mapping[StageName, tuple[StageName, ...]] = {
-    "encode": (),
-    "invert": ("encode",),
-    "match": ("encode", "invert"),
-    "edit": ("encode", "invert", "match"),
-    "render": ("encode", "edit"),
-    "report": ("encode", "invert", "edit", "render"),
-}
-"""The stages whose results each stage reads."""
 NAMING = "{clip}/{edit}.mp4"
 """Where videos go under the output folder unless a manifest says otherwise."""
 

@@ -9,13 +9,14 @@ from operator import attrgetter
 from typing import Any
 
 from tokenflow_batch.arrays import edit_arrays, encode_arrays, invert_arrays, match_arrays
-from tokenflow_batch.config import Job, Settings, StageName
+from tokenflow_batch.config import Job, Settings
 from tokenflow_batch.footprint import Peaks, largest_batches, largest_window, predicted
 from tokenflow_batch.geometry import Fit, plan_geometry
 from tokenflow_batch.inputs import Keys
 from tokenflow_batch.measured import Measured
 from tokenflow_batch.model_shape import ModelShape
 from tokenflow_batch.plan import layout_of, row_counts
+from tokenflow_batch.stage_names import StageName
 from tokenflow_batch.tokenflow.modes import MODES
 
 RECORD, FILE, STAGE_FILES = 170, 190, 1900

@@ -14,11 +14,12 @@ from dataclasses import dataclass, field
 from filelock import FileLock, Timeout
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
-from tokenflow_batch.config import Job, StageName
+from tokenflow_batch.config import Job
 from tokenflow_batch.errors import ManifestError, TokenflowBatchError, VideoError
 from tokenflow_batch.files import tree_bytes
 from tokenflow_batch.inputs import Inputs, Keys
 from tokenflow_batch.ledger import StageFolder
+from tokenflow_batch.stage_names import StageName
 
 log = logging.getLogger("tokenflow_batch")
 

@@ -10,8 +10,9 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from tokenflow_batch.config import STAGES, Settings, StageName
+from tokenflow_batch.config import Settings
 from tokenflow_batch.plan import injection_of
+from tokenflow_batch.stage_names import STAGES, StageName
 from tokenflow_batch.tokenflow.keyframes import segments
 from tokenflow_batch.tokenflow.modes import MODES, branch_count
 

@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from tokenflow_batch.config import STAGES, Batch, Job, StageName
+from tokenflow_batch.config import Batch, Job
 from tokenflow_batch.costs import ClipSize, JobSizes, Known, alike
 from tokenflow_batch.errors import TokenflowBatchError, VideoError
 from tokenflow_batch.files import FileMemory
@@ -23,6 +23,7 @@ from tokenflow_batch.ledger import StageFolder
 from tokenflow_batch.measured import Measured, stored_bytes
 from tokenflow_batch.model_shape import ModelShape
 from tokenflow_batch.ranges import part_frames
+from tokenflow_batch.stage_names import STAGES, StageName
 from tokenflow_batch.status import Looking, StageStatus, needed_again
 
 State = Literal["done", "freed", "shared", "begun", "again", "to do"]

@@ -8,11 +8,12 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from tokenflow_batch.config import STAGES, Batch, StageName
+from tokenflow_batch.config import Batch
 from tokenflow_batch.errors import StoreError
 from tokenflow_batch.files import tree_bytes
 from tokenflow_batch.inputs import Inputs
 from tokenflow_batch.paths import Workspace
+from tokenflow_batch.stage_names import STAGES, StageName
 
 
 @dataclass(frozen=True)

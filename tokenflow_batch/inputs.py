@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from tokenflow_batch.config import Batch, Job, StageName
+from tokenflow_batch.config import Batch, Job
 from tokenflow_batch.errors import VideoError
 from tokenflow_batch.files import DigestMemory
 from tokenflow_batch.keys import Identity, StageKey, stage_keys
 from tokenflow_batch.model_files import ModelFiles, locate
 from tokenflow_batch.paths import Workspace
+from tokenflow_batch.stage_names import StageName
 
 _DENOISER = ("unet", "text_encoder", "tokenizer", "scheduler")
 Keys = Mapping[StageName, StageKey]

@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tokenflow_batch.config import Job, Settings, StageName
+from tokenflow_batch.config import Job, Settings
 from tokenflow_batch.files import digest_json
+from tokenflow_batch.stage_names import StageName
 
 VERSIONS: Mapping[StageName, int] = {
     "encode": 2,

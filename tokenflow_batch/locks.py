@@ -12,10 +12,10 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from tokenflow_batch.config import StageName
 from tokenflow_batch.distributed import Team
 from tokenflow_batch.errors import LockedError
 from tokenflow_batch.paths import Workspace
+from tokenflow_batch.stage_names import StageName
 
 
 class StageLocks:

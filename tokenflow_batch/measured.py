@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from tokenflow_batch.arrays import ArraySpec
-from tokenflow_batch.config import STAGES, StageName
 from tokenflow_batch.files import digest_json
 from tokenflow_batch.footprint import Peak, host_bytes
 from tokenflow_batch.ledger import StageFolder
 from tokenflow_batch.paths import Workspace
+from tokenflow_batch.stage_names import STAGES, StageName
 
 NEWEST = 3
 """Folders that are read of each stage."""

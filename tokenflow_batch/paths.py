@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from tokenflow_batch.config import NAMING, StageName
+from tokenflow_batch.config import NAMING
+from tokenflow_batch.stage_names import StageName
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
-from tokenflow_batch.config import Settings, StageName
+from tokenflow_batch.config import Settings
+from tokenflow_batch.stage_names import StageName
 from tokenflow_batch.tokenflow.keyframes import (
     Segment,
     draw_keyframe,

@@ -10,12 +10,13 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from tokenflow_batch.config import STAGES, Job, StageName
+from tokenflow_batch.config import Job
 from tokenflow_batch.errors import VideoError
 from tokenflow_batch.inputs import Inputs
 from tokenflow_batch.ledger import StageFolder
 from tokenflow_batch.locks import StageLocks
 from tokenflow_batch.results import JobResult, Outcome, mendable, outcome_of, say_failed
+from tokenflow_batch.stage_names import STAGES, StageName
 from tokenflow_batch.status import State, needed_again
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from tokenflow_batch.config import Job, StageName
+from tokenflow_batch.config import Job
 from tokenflow_batch.errors import (
     DamagedUnit,
     DiskFullError,
@@ -27,6 +27,7 @@ from tokenflow_batch.errors import (
 from tokenflow_batch.files import replacing
 from tokenflow_batch.joblog import JobLog
 from tokenflow_batch.paths import Workspace
+from tokenflow_batch.stage_names import StageName
 from tokenflow_batch.stages.base import StageContext
 from tokenflow_batch.stages.render import VIDEO, VIDEO_FILE
 from tokenflow_batch.stages.report import METRICS, REPORT, SHEET, SIDE_BY_SIDE

@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import Sequence
 
-from tokenflow_batch.config import STAGES, Batch, Job, StageName
+from tokenflow_batch.config import Batch, Job
 from tokenflow_batch.disk import keep_within, warn_if_over
 from tokenflow_batch.distributed import Team
 from tokenflow_batch.errors import MissingInput
@@ -29,6 +29,7 @@ from tokenflow_batch.results import (
     publish,
     say_failed,
 )
+from tokenflow_batch.stage_names import STAGES, StageName
 from tokenflow_batch.stages import IMPLEMENTATIONS
 from tokenflow_batch.stages.base import Progress, StageContext
 from tokenflow_batch.stages.memory import MemoryUse

@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from tokenflow_batch.config import STAGE_INPUTS, STAGES, Batch, Job, StageName
+from tokenflow_batch.config import Batch, Job
 from tokenflow_batch.errors import DamagedUnit
 from tokenflow_batch.inputs import Inputs
 from tokenflow_batch.joblog import JobLog
 from tokenflow_batch.ledger import StageFolder
 from tokenflow_batch.paths import Workspace
+from tokenflow_batch.stage_names import STAGE_INPUTS, STAGES, StageName
 
 State = Literal["done", "freed", "running", "begun", "waiting", "damaged", "unknown"]
 """`freed`: done, its data removed since to keep the disk budget. `running`: a process of this

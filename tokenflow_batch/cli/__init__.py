@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from tokenflow_batch.cli import cluster, demo, look, plan, run
+from tokenflow_batch.cli import cluster, demo, init, look, plan, run
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -40,7 +40,7 @@ def _root(
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
 
 
-for _group in (run, plan, look, cluster, demo):
+for _group in (init, run, plan, look, cluster, demo):
     _group.register(app)
 
 

@@ -9,7 +9,7 @@ import typer
 
 from tokenflow_batch.cli.options import JsonOption, ThreadsOption, load_batch, messages
 from tokenflow_batch.cli.run import run_or_tell
-from tokenflow_batch.config import STAGES
+from tokenflow_batch.stage_names import STAGES
 
 
 def register(app: typer.Typer) -> None:

@@ -17,7 +17,7 @@ from tokenflow_batch.cli.options import (
     messages,
 )
 from tokenflow_batch.cli.text import columns, size
-from tokenflow_batch.config import STAGES
+from tokenflow_batch.stage_names import STAGES
 
 if TYPE_CHECKING:
     from tokenflow_batch.status import StageStatus

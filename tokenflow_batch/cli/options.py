@@ -7,12 +7,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tokenflow_batch.config import STAGES, Batch, StageName
 from tokenflow_batch.errors import ManifestError, TokenflowBatchError
+from tokenflow_batch.stage_names import STAGES, StageName
+
+if TYPE_CHECKING:
+    from tokenflow_batch.config import Batch
 
 ManifestArgument = Annotated[
     Path,

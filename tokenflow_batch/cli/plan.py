@@ -18,8 +18,8 @@ from tokenflow_batch.cli.options import (
     messages,
 )
 from tokenflow_batch.cli.text import columns, duration, size
-from tokenflow_batch.config import STAGES
 from tokenflow_batch.errors import DiskFullError, ModelError, OutOfMemoryError
+from tokenflow_batch.stage_names import STAGES
 
 if TYPE_CHECKING:
     from tokenflow_batch.config import Batch

@@ -25,9 +25,10 @@ from tokenflow_batch.cli.options import (
     stage_name,
     stage_range,
 )
-from tokenflow_batch.config import STAGES, Batch, StageName
+from tokenflow_batch.stage_names import STAGES, StageName
 
 if TYPE_CHECKING:
+    from tokenflow_batch.config import Batch
     from tokenflow_batch.results import JobResult
 
 ForceOption = Annotated[

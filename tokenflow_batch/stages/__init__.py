@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tokenflow_batch.config import StageName
+from tokenflow_batch.stage_names import StageName
 from tokenflow_batch.stages.base import Stage
 from tokenflow_batch.stages.edit import Edit
 from tokenflow_batch.stages.encode import Encode

@@ -9,13 +9,14 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from tokenflow_batch.arrays import ArraySpec
-from tokenflow_batch.config import STAGE_INPUTS, Job, Settings, StageName
+from tokenflow_batch.config import Job, Settings
 from tokenflow_batch.distributed import Team
 from tokenflow_batch.keys import StageKey
 from tokenflow_batch.ledger import StageFolder
 from tokenflow_batch.models import Compute, Model
 from tokenflow_batch.paths import Workspace
 from tokenflow_batch.scratch import keep_only
+from tokenflow_batch.stage_names import STAGE_INPUTS, StageName
 from tokenflow_batch.stages.sharing import Sharing
 from tokenflow_batch.store import LAYOUT, ArrayStore, lay_out
 

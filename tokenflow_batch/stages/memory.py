@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from tokenflow_batch.config import StageName
 from tokenflow_batch.errors import DamagedUnit
 from tokenflow_batch.footprint import host_bytes, largest_batches
 from tokenflow_batch.ledger import StageFolder
+from tokenflow_batch.stage_names import StageName
 from tokenflow_batch.stages.base import StageContext
 from tokenflow_batch.stages.clip import read_clip
 from tokenflow_batch.store import ArrayStore

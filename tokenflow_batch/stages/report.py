@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tokenflow_batch.config import STAGES
 from tokenflow_batch.files import replacing
 from tokenflow_batch.ledger import StageFolder
 from tokenflow_batch.metrics import Consistency, Looks, Seams
 from tokenflow_batch.sheet import contact_sheet, sample_times
+from tokenflow_batch.stage_names import STAGES
 from tokenflow_batch.stages.base import Stage, StageContext
 from tokenflow_batch.stages.clip import Clip, read_clip
 from tokenflow_batch.stages.render import VIDEO, VIDEO_FILE
