@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,22 +36,27 @@ MANIFEST = """\
 version: 1
 model: demo
 output: out
-runtime: {{device: cpu, threads: 1}}
+runtime: {device: cpu, threads: 1}
 defaults:
-  {{steps: 4, chunk_frames: 8, guidance_scale: 5, window_segments: 2, window_overlap: 1}}
+  {steps: 4, chunk_frames: 8, guidance_scale: 5, window_segments: 2, window_overlap: 1}
 clips:
-  - {{video: clip.mp4, source_prompt: {source!r}, edits: [{{name: edit, prompt: {target!r}}}]}}
+"""
+JOB = """\
+  - {{video: {name}.mp4, source_prompt: {source!r}, edits: [{{name: edit, prompt: {target!r}}}]}}
 """
 
 
-def prepare(folder: Path) -> Path:
-    """A generated clip and its manifest."""
+def prepare(folder: Path, lengths: Sequence[int]) -> Path:
+    """Generated clips of so many frames, and their manifest."""
     from tokenflow_batch.demo.job import write_clip
     from tokenflow_batch.demo.scenes import Clip, recoloured
 
-    clip = Clip.random(3, FRAMES, SIZE)
-    write_clip(folder / "clip.mp4", clip)
-    text = MANIFEST.format(source=clip.caption, target=recoloured(clip, color="blue").caption)
+    text = MANIFEST
+    for number, frames in enumerate(lengths):
+        clip = Clip.random(3 + number, frames, SIZE)
+        write_clip(folder / f"clip{number}.mp4", clip)
+        target = recoloured(clip, color="blue").caption
+        text += JOB.format(name=f"clip{number}", source=clip.caption, target=target)
     (folder / "manifest.yaml").write_text(text, encoding="utf-8")
     return folder / "manifest.yaml"
 
@@ -102,7 +108,7 @@ def timed(manifest: Path, processes: int) -> tuple[dict[str, Any], Any]:
 
 
 def by_stage(manifest: Path) -> dict[str, float]:
-    """Seconds that all processes together spent in units of work, as those say themselves."""
+    """Seconds that all processes together spent in units of all jobs, as those say themselves."""
     from tokenflow_batch.inputs import Inputs
     from tokenflow_batch.ledger import StageFolder
     from tokenflow_batch.manifest import load
@@ -110,23 +116,26 @@ def by_stage(manifest: Path) -> dict[str, float]:
     batch = load(manifest)
     inputs = Inputs.of(batch)
     found: dict[str, float] = {}
-    for stage in STAGES:
-        key = inputs.keys(batch.jobs[0])[stage].key
-        totals = StageFolder(inputs.workspace.stage(stage, key), stage, key).totals()
-        found[stage] = totals["seconds"]
+    for job in batch.jobs:
+        for stage in STAGES:
+            key = inputs.keys(job)[stage].key
+            totals = StageFolder(inputs.workspace.stage(stage, key), stage, key).totals()
+            found[stage] = found.get(stage, 0.0) + totals["seconds"]
     return found
 
 
 def latents(manifest: Path) -> Any:
-    """The edited latents."""
+    """The edited latents of the first job."""
     from tokenflow_batch.console import progress_bars
     from tokenflow_batch.manifest import load
     from tokenflow_batch.runner import Runner
+    from tokenflow_batch.stages.clip import read_clip
     from tokenflow_batch.stages.edit import read_edited
 
     with progress_bars(shown=False) as progress:
         runner = Runner(load(manifest), progress)
-        return read_edited(runner.context(runner.batch.jobs[0]), range(FRAMES)).numpy()
+        context = runner.context(runner.batch.jobs[0])
+        return read_edited(context, range(read_clip(context).frames)).numpy()
 
 
 def main() -> None:
@@ -137,7 +146,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result here")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        manifest = prepare(Path(scratch))
+        manifest = prepare(Path(scratch), [FRAMES])
         pairs = []
         for number in range(args.repeats):
             counts = {"one": 1, "several": args.processes}
