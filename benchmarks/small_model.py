@@ -1,9 +1,11 @@
-"""A small random model of diffusers' own classes, for benchmarks that are not about pictures.
+"""Random models of diffusers' own classes, for benchmarks that are not about pictures.
 
 Stable Diffusion's layout: a VAE of factor 8 with four latent channels, a UNet of four levels with
-text and self-attention, a CLIP text encoder. Two things differ: it is narrow, and the finest level
-has no attention, because the joint attention of a window's keyframes there would take nearly all of
-the time.
+text and self-attention, a CLIP text encoder.
+
+small: narrow, and without attention at the finest level, where the joint attention of a window's
+keyframes would take nearly all of the time.
+mid: all levels and blocks as in Stable Diffusion 1.x, a fifth as wide (about 1/25 of its FLOPs).
 """
 
 from __future__ import annotations
@@ -19,13 +21,13 @@ from tokenflow_batch.model_files import DEMO
 _WIDTH = 32
 
 
-def write_small_model(folder: Path) -> Path:
-    """Save the model in diffusers' layout; returns `folder`."""
+def write_small_model(folder: Path, *, mid: bool = False) -> Path:
+    """Save a model in diffusers' layout; returns `folder`."""
     torch.manual_seed(0)
     tokenizer = CLIPTokenizer.from_pretrained(DEMO / "tokenizer")
     pipeline = StableDiffusionPipeline(
         vae=_vae(),
-        unet=_unet(),
+        unet=_mid_unet() if mid else _unet(),
         text_encoder=_text_encoder(tokenizer),
         tokenizer=tokenizer,
         scheduler=DDIMScheduler(
@@ -57,6 +59,20 @@ def _unet() -> UNet2DConditionModel:
     )
     # A gentle prediction, or the inversion would not converge and frames be retried.
     unet.conv_out.weight.data.mul_(0.1)
+    return unet
+
+
+def _mid_unet() -> UNet2DConditionModel:
+    unet = UNet2DConditionModel(
+        sample_size=32,
+        layers_per_block=2,
+        block_out_channels=(64, 128, 256, 256),
+        down_block_types=(*["CrossAttnDownBlock2D"] * 3, "DownBlock2D"),
+        up_block_types=("UpBlock2D", *["CrossAttnUpBlock2D"] * 3),
+        cross_attention_dim=_WIDTH,
+        attention_head_dim=8,
+    )
+    unet.conv_out.weight.data.mul_(0.1)  # as above
     return unet
 
 
