@@ -31,7 +31,7 @@ from tokenflow_batch.tokenflow.denoise import (
     Prompts,
     predict_window,
 )
-from tokenflow_batch.tokenflow.modes import PUBLISHED, Injection
+from tokenflow_batch.tokenflow.modes import PUBLISHED, Guidance, Injection
 from tokenflow_batch.tokenflow.samplers import Ddim, State
 from tokenflow_batch.tokenflow.windows import WindowMoment
 
@@ -115,7 +115,7 @@ def edit(vectors: Vectors, denoiser: Denoiser) -> Tensor:
     schedule = vectors.schedule_at([int(t) for t in tensors["timesteps"]])
     pnp = meta["mode"] == "pnp"
     settings = EditSettings(
-        guidance_scale=float(meta["cfgscale"]),
+        guidance=Guidance(float(meta["cfgscale"])),
         injection=Injection.pnp(steps, meta["attn_t"], meta["f_t"]) if pnp else Injection(),
         batch=length,
         latent_hw=(tensors["x_T"].shape[2], tensors["x_T"].shape[3]),

@@ -37,7 +37,7 @@ from tokenflow_batch.tokenflow.keyframes import (
     segments,
     true_neighbours,
 )
-from tokenflow_batch.tokenflow.modes import DEFAULT, PUBLISHED, Injection, Mode
+from tokenflow_batch.tokenflow.modes import DEFAULT, PUBLISHED, Guidance, Injection, Mode
 from tokenflow_batch.tokenflow.passes import KeyframePass, PropagationPass, SourcePass
 from tokenflow_batch.tokenflow.windows import WindowMoment, batches
 
@@ -299,7 +299,7 @@ class TokenFlow:
             now = replace(now, keyframes=self.keyframes(now))
         index = correspondences(now) if self.mode.stored_source else []
         settings = EditSettings(
-            guidance_scale=now.thresholds.guidance_scale,
+            guidance=Guidance(now.thresholds.guidance_scale),
             injection=now.injection,
             batch=now.thresholds.segment_length,
             latent_hw=(x.shape[2], x.shape[3]),

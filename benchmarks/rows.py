@@ -82,13 +82,14 @@ class MetaUNet:
             inject_conv=False,  # copying features costs no arithmetic
             stored_conv_KChw=None,
             attention="sdpa",
-            keep_tokens=call.branches == 3,
+            keep_tokens=call.branches > 1 + call.guided,
             foreign=call.anchors,
+            guided=call.guided,
         )
 
     def _propagation(self, hooks: Hooks, call: UNetCall) -> int:
         """A small keyframe pass serves as the source of tokens: what is counted comes after it."""
-        one = UNetCall("keyframes", max(call.searched, 1), call.branches)
+        one = UNetCall("keyframes", max(call.searched, 1), call.branches, guided=call.guided)
         with hooks.during(self._joint(one)) as joint:
             self._forward(one.rows)
         tokens = [joint.outputs[site.index].shape[2] for site in hooks.sites]

@@ -25,6 +25,7 @@ class Reference:
         by segment centres through a sigmoid, source rows in every batch. Otherwise: features of a
         pass over the source and shared by sites of one resolution, both true neighbours, linear
         weights, votes of neighbouring tokens.
+    guided: the steps with guidance; the others take the target's prediction.
     """
 
     unet: torch.nn.Module
@@ -34,6 +35,7 @@ class Reference:
     qk_steps: int
     conv_steps: int
     official: bool
+    guided: range = range(1000)
     kind: str = "plain"
     step: int = 0
     keyframes: list = field(default_factory=list)
@@ -90,7 +92,8 @@ class Reference:
                 alpha,
             )
             _, negative, target = noise.chunk(3)
-            guided.append(negative + self.guidance * (target - negative))
+            scale = self.guidance if self.step in self.guided else 1.0
+            guided.append(negative + scale * (target - negative))
         self.kind = "plain"
         return torch.cat(guided)
 

@@ -16,7 +16,7 @@ from tokenflow_batch.tokenflow.correspondence import match_frames, side_by_side
 from tokenflow_batch.tokenflow.ddim import Schedule
 from tokenflow_batch.tokenflow.denoise import Denoiser, EditSettings, Prompts, predict_window
 from tokenflow_batch.tokenflow.keyframes import draw_keyframes, segments, true_neighbours
-from tokenflow_batch.tokenflow.modes import MODES, Injection
+from tokenflow_batch.tokenflow.modes import MODES, Guidance, Injection
 from tokenflow_batch.tokenflow.passes import SourcePass
 from tokenflow_batch.tokenflow.samplers import Ddim, State
 from tokenflow_batch.tokenflow.windows import WindowMoment
@@ -110,13 +110,23 @@ CASES = {
     "default, wide, v, thresholds 1": ("default", 5, 4, (8, 16), 1.0, 1.0, "v_prediction"),
     "default, sdedit": ("default", 7, 2, (8, 8), None, None, "epsilon"),
     "default, one segment": ("default", 3, 8, (10, 7), 0.25, 0.0, "epsilon"),
+    "published, guidance on the way": ("official", 6, 3, (8, 8), 0.5, 0.75, "epsilon"),
+    "default, guidance on the way": ("default", 7, 3, (8, 8), 0.5, 0.75, "epsilon"),
+    "default, sdedit, guidance at the end": ("default", 5, 2, (8, 8), None, None, "epsilon"),
 }
+
+GUIDED = {
+    "published, guidance on the way": (1, 3),
+    "default, guidance on the way": (1, 3),
+    "default, sdedit, guidance at the end": (2, 4),
+}
+"""First step with guidance, and one past the last; otherwise all have it."""
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_an_edit_is_what_a_plain_reference_makes_of_it(name):
     mode, frames, length, size, attn_t, f_t, kind = CASES[name]
-    steps = 4
+    steps, guided = 4, GUIDED.get(name, (0, 4))
     unet = tiny_unet(seed=len(name)).double()  # see the reference
     scheduler = DDIMScheduler(**SCHEDULER)
     scheduler.set_timesteps(steps)
@@ -129,11 +139,11 @@ def test_an_edit_is_what_a_plain_reference_makes_of_it(name):
     embeds = torch.randn(3, 7, WIDTH)
     keyframes = [draw_keyframes(5, step, segments(frames, length)) for step in range(steps)]
     injection = Injection() if attn_t is None else Injection.pnp(steps, attn_t, f_t)
-    settings = EditSettings(3.0, injection, length, size, MODES[mode])
+    settings = EditSettings(Guidance(3.0, *guided), injection, length, size, MODES[mode])
     got = ours(unet, kind, schedule, settings, (x, source, embeds, keyframes))
-    reference = Reference(
-        unet, kind, length, 3.0, injection.qk_steps, injection.conv_steps, mode == "official"
-    )
+    copied = (injection.qk_steps, injection.conv_steps)
+    official, steps_guided = mode == "official", range(*guided)
+    reference = Reference(unet, kind, length, 3.0, *copied, official, steps_guided)
     wanted = reference.edit(times, alphas, schedule.final_alpha, x, source, list(embeds), keyframes)
     assert wanted.shape == (steps, frames, CHANNELS, *size)
     for mine, theirs in zip(got, wanted, strict=True):
@@ -143,6 +153,6 @@ def test_an_edit_is_what_a_plain_reference_makes_of_it(name):
     assert (wanted[-1] - wanted[0]).abs().mean() > 0.01
     # An edit that skips the injection, or makes another, is another edit.
     other = Injection.pnp(steps, 0.75, 0.25) if injection != Injection(3, 1) else Injection()
-    changed = EditSettings(3.0, other, length, size, MODES[mode])
+    changed = EditSettings(settings.guidance, other, length, size, MODES[mode])
     apart = ours(unet, kind, schedule, changed, (x, source, embeds, keyframes))
     assert (apart[-1] - wanted[-1]).abs().mean() > 5e-4 * wanted[-1].std()

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from tokenflow_batch.demo.scenes import Clip, recoloured
 from tokenflow_batch.model_files import locate
@@ -110,10 +109,3 @@ def test_no_frame_is_left_without_a_prediction_at_a_join(edited):
     _, videos = edited
     apart = np.abs(videos["keyframes overlap"].astype(int) - videos["windows"]).mean(axis=(1, 2, 3))
     assert apart.max() < 20, apart  # a frame that keeps its noise is far from both
-
-
-def test_anchors_by_look_are_far_apart():
-    source = torch.zeros(20, 1, 2, 2)
-    source[10:] = 1
-    assert seams.spread_by_look(source, [0, 5, 12, 19], 2) in {(0, 2), (0, 3), (1, 2), (1, 3)}
-    assert seams.spread_by_look(source, [0, 5], 4) == (0, 1)

@@ -79,6 +79,7 @@ EFFECTS = [
     ({"prompt": "a fox"}, FROM["edit"]),
     ({"negative_prompt": "blurry"}, FROM["edit"]),
     ({"guidance_scale": 7.0}, FROM["edit"]),
+    ({"guidance_interval": (0.0, 0.8)}, FROM["edit"]),
     ({"technique": "sdedit"}, FROM["edit"]),
     ({"sampler": "dpmsolver++"}, FROM["edit"]),
     ({"attn_t": 0.4}, FROM["edit"]),

@@ -70,6 +70,8 @@ def test_balanced_rows_per_frame():
         {"segment_length": 5, "window_segments": 2, "window_overlap": 1, "chunk_frames": 7},
         {"segment_length": 9, "window_segments": 3, "window_overlap": 1, "chunk_frames": 4},
         {"segment_length": 1, "chunk_frames": 5, "keyframe_seed": 7},
+        {"guidance_interval": (0.2, 0.7)},
+        {"guidance_scale": 1.0, "mode": "official"},
     ],
 )
 @pytest.mark.parametrize("frames", [1, 8, 23, 24, 61])

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
@@ -21,18 +21,21 @@ Dtype = Literal["auto", "fp32", "fp16", "bf16"]
 Technique = Literal["pnp", "sdedit"]
 Preset = Literal["fast", "balanced", "quality", "official"]
 
+_Number = TypeVar("_Number", int, float)
+
 NAMING = "{clip}/{edit}.mp4"
 """Where videos go under the output folder unless a manifest says otherwise."""
 
 
-def _ascending(cuts: tuple[int, ...]) -> tuple[int, ...]:
-    if any(a >= b for a, b in pairwise(cuts)):
-        raise ValueError("must ascend, each frame once")
-    return cuts
+def _ascending(values: tuple[_Number, ...]) -> tuple[_Number, ...]:
+    if any(a >= b for a, b in pairwise(values)):
+        raise ValueError("must ascend, no value twice")
+    return values
 
 
 UNIT_SIDE = Annotated[int, Field(ge=8, le=16384)]
 SHARE = Annotated[float, Field(ge=0, le=1)]
+INTERVAL = Annotated[tuple[SHARE, SHARE], AfterValidator(_ascending)]
 CUTS = Annotated[tuple[Annotated[int, Field(ge=1)], ...], AfterValidator(_ascending)]
 
 
@@ -95,6 +98,9 @@ class Settings(Frozen):
     prompt: str = ""
     negative_prompt: str = ""
     guidance_scale: float = Field(7.5, ge=0, le=100)
+    guidance_interval: INTERVAL = Field(
+        (0.0, 1.0), description="shares of the sampling steps between which there is guidance"
+    )
     technique: Technique = "pnp"
     attn_t: SHARE = Field(0.5, description="PnP: share of steps with injected queries and keys")
     f_t: SHARE = Field(0.8, description="PnP: share of steps with injected convolution features")

@@ -221,7 +221,17 @@ def _records(units: int, files: int = 1) -> int:
 _COUNTED = attrgetter(
     *("steps", "inversion_steps", "inversion_iterations", "mode", "chunk_frames", "unet_batch"),
     *("keyframe_seed", "segment_length", "window_segments", "window_overlap", "anchors"),
-    *("technique", "attn_t", "f_t", "strength", "vae_batch", "sampler", "conv_site"),
+    *(
+        "technique",
+        "attn_t",
+        "f_t",
+        "guidance_scale",
+        "guidance_interval",
+        "strength",
+        "vae_batch",
+        "sampler",
+        "conv_site",
+    ),
     *("resolution", "fit", "restore_size"),
 )
 """All settings that costs depend on, but for `cuts`, which a clip's size has."""

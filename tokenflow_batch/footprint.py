@@ -11,10 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from tokenflow_batch.config import Settings
-from tokenflow_batch.plan import injection_of
+from tokenflow_batch.plan import branches_at, guidance_of
 from tokenflow_batch.stage_names import STAGES, StageName
 from tokenflow_batch.tokenflow.keyframes import segments
-from tokenflow_batch.tokenflow.modes import MODES, branch_count
 
 
 @dataclass(frozen=True)
@@ -63,12 +62,11 @@ def largest_batches(s: Settings, frames: int, cuts: Sequence[int] = ()) -> dict[
 
 def edit_batch(s: Settings, count: int, longest: int) -> int:
     """Rows of the largest batch of an edit of so many segments, the longest of so many frames."""
-    mode, injection = MODES[s.mode], injection_of(s)
-    joint, spread = (
-        branch_count(mode, injection, s.first_step, keyframe_pass=kind) for kind in (True, False)
-    )
     together = count if count <= s.window_segments else s.window_segments + s.anchors
-    return max(joint * together, spread * longest)
+    first, guided = s.first_step, guidance_of(s).first  # after either, branches only get fewer
+    steps = {first, max(first, guided) if guided < s.steps else first}
+    rows = (branches_at(s, step) for step in steps)
+    return max(max(joint * together, spread * longest) for joint, spread in rows)
 
 
 def predicted(peaks: Peaks, stage: StageName, batch: int) -> int | None:

@@ -38,6 +38,7 @@ _EDIT = (
     "prompt",
     "negative_prompt",
     "guidance_scale",
+    "guidance_interval",
     "technique",
     "sampler",
     "window_segments",
@@ -47,6 +48,9 @@ _EDIT = (
 _PNP = ("attn_t", "f_t", "conv_site")
 _SDEDIT = ("strength",)
 _RENDER = ("crf", "audio", "restore_size")
+_LATER = ("guidance_interval",)
+"""Settings that came after the first keys: at their default, which changes nothing, they are left
+out, so that what was computed before them stays valid."""
 
 
 @dataclass(frozen=True)
@@ -111,4 +115,8 @@ def stage_keys(job: Job, identity: Identity, dtype: str) -> dict[StageName, Stag
 def _pick(settings: Settings, names: tuple[str, ...]) -> dict[str, Any]:
     # As `model_dump` in JSON mode would give them, ten times as fast: plans make thousands of keys.
     values = ((name, getattr(settings, name)) for name in names)
-    return {name: list(v) if isinstance(v, tuple) else v for name, v in values}
+    return {
+        name: list(v) if isinstance(v, tuple) else v
+        for name, v in values
+        if not (name in _LATER and v == Settings.model_fields[name].default)
+    }

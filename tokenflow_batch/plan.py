@@ -21,7 +21,7 @@ from tokenflow_batch.tokenflow.keyframes import (
     segments,
     true_neighbours,
 )
-from tokenflow_batch.tokenflow.modes import MODES, Injection, Mode, branch_count
+from tokenflow_batch.tokenflow.modes import MODES, Guidance, Injection, Mode, branch_count
 from tokenflow_batch.tokenflow.windows import Layout, Window, batches, chunks
 
 
@@ -38,6 +38,7 @@ class UNetCall:
         searched: keyframes in which correspondences are searched during the call.
         anchors: of a joint call, how many frames in front are anchors, and which of them the
             window's keyframes attend to.
+        guided: of the edit's calls, whether a negative branch is among them.
     """
 
     kind: Literal["plain", "keyframes", "propagation"]
@@ -47,6 +48,7 @@ class UNetCall:
     qk: bool = False
     searched: int = 0
     anchors: tuple[bool, ...] = ()
+    guided: bool = True
 
     @property
     def rows(self) -> int:
@@ -68,6 +70,22 @@ def injection_of(settings: Settings) -> Injection:
     if settings.technique != "pnp":
         return Injection()
     return Injection.pnp(settings.steps, settings.attn_t, settings.f_t)
+
+
+def guidance_of(settings: Settings) -> Guidance:
+    """The guidance and its interval in steps."""
+    return Guidance.within(settings.guidance_scale, settings.steps, settings.guidance_interval)
+
+
+def branches_at(settings: Settings, step: int) -> tuple[int, int]:
+    """Rows per keyframe of the joint pass and per frame of the propagation, at a step."""
+    mode, injection = MODES[settings.mode], injection_of(settings)
+    guided = guidance_of(settings).on(step)
+    joint, spread = (
+        branch_count(mode, injection, step, keyframe_pass=kind, guided=guided)
+        for kind in (True, False)
+    )
+    return joint, spread
 
 
 def unet_calls(settings: Settings, frames: int, cuts: Sequence[int] = ()) -> dict[StageName, Calls]:
@@ -95,12 +113,11 @@ def row_counts(settings: Settings, frames: int, cuts: tuple[int, ...] = ()) -> d
         cuts: first frames of all shots but the first.
     """
     s, mode = settings, MODES[settings.mode]
-    layout, injection = layout_of(s, frames, cuts), injection_of(s)
+    layout = layout_of(s, frames, cuts)
     drawn = [_drawn(s.keyframe_seed, step, layout) for step in range(s.steps)]
     edit = 0
     for step in range(s.first_step, s.steps):
-        joint = branch_count(mode, injection, step, keyframe_pass=True)
-        spread = branch_count(mode, injection, step, keyframe_pass=False)
+        joint, spread = branches_at(s, step)
         for window in layout.windows:
             edit += joint * (len(window.segments) + len(layout.anchors))
             edit += spread * _predicted(layout, mode, drawn[step], window)
@@ -198,16 +215,18 @@ def _edit(s: Settings, frames: int, mode: Mode, cuts: Sequence[int]) -> Counter[
     for step in range(s.first_step, s.steps):
         drawn = draw_keyframes(s.keyframe_seed, step, layout.segments)
         conv, qk = step < injection.conv_steps, step < injection.qk_steps
-        joint = branch_count(mode, injection, step, keyframe_pass=True)
-        spread = branch_count(mode, injection, step, keyframe_pass=False)
+        guided = guidance_of(s).on(step)
+        joint, spread = branches_at(s, step)
         for window in layout.windows:
             now = layout.moment(mode.neighbours, drawn, window)
             together = len(now.keyframes) + len(now.anchors)
-            total[UNetCall("keyframes", together, joint, conv, qk, anchors=now.foreign)] += 1
+            call = UNetCall("keyframes", together, joint, conv, qk, 0, now.foreign, guided)
+            total[call] += 1
             for near in batches(now.neighbours, s.segment_length):
                 keyframes = {k for n in near for k in (n.first, n.second)}
                 searched = 0 if mode.stored_source else len(keyframes)
-                total[UNetCall("propagation", len(near), spread, conv, searched=searched)] += 1
+                call = UNetCall("propagation", len(near), spread, conv, False, searched, (), guided)
+                total[call] += 1
     return total
 
 

@@ -13,7 +13,7 @@ from tokenflow_batch.arrays import edit_arrays, index_name, state_names
 from tokenflow_batch.config import Settings
 from tokenflow_batch.ledger import StageFolder
 from tokenflow_batch.models import require_finite
-from tokenflow_batch.plan import injection_of
+from tokenflow_batch.plan import guidance_of, injection_of
 from tokenflow_batch.stages.base import Advance, Stage, StageContext
 from tokenflow_batch.stages.clip import CleanLatents, Clip, InvertedLatents, read_clip
 from tokenflow_batch.stages.match import sites_by_tokens
@@ -117,7 +117,7 @@ def _anchored(context: StageContext, folder: StageFolder, clip: Clip) -> Layout:
 def _edit_settings(context: StageContext, latent_hw: tuple[int, int]) -> EditSettings:
     s = context.settings
     return EditSettings(
-        guidance_scale=s.guidance_scale,
+        guidance=guidance_of(s),
         injection=injection_of(s),
         batch=s.segment_length,
         latent_hw=latent_hw,

@@ -21,7 +21,7 @@ from tokenflow_batch.tokenflow.attention import Hooks
 from tokenflow_batch.tokenflow.correspondence import Backend
 from tokenflow_batch.tokenflow.ddim import noise_from_prediction
 from tokenflow_batch.tokenflow.keyframes import Neighbours
-from tokenflow_batch.tokenflow.modes import DEFAULT, Injection, Mode, branch_count
+from tokenflow_batch.tokenflow.modes import DEFAULT, Guidance, Injection, Mode, branch_count
 from tokenflow_batch.tokenflow.passes import KeyframePass, PropagationPass
 from tokenflow_batch.tokenflow.windows import WindowMoment
 
@@ -94,7 +94,7 @@ class EditSettings:
     """What an edit does at every step.
 
     Attributes:
-        guidance_scale: g in ε = ε_neg + g · (ε_target − ε_neg).
+        guidance: its scale and steps.
         injection: Plug-and-Play thresholds in steps; zeros for SDEdit.
         batch: ordinary frames per UNet call.
         mode: default or published.
@@ -102,7 +102,7 @@ class EditSettings:
         latent_hw: size of the latents.
     """
 
-    guidance_scale: float
+    guidance: Guidance
     injection: Injection
     batch: int
     latent_hw: tuple[int, int]
@@ -142,7 +142,8 @@ def predict_window(
     """
     together = [*window.anchors, *window.keyframes]
     joint = _keyframe_pass(settings, hooks, inputs, window, step)
-    call = _Call(denoiser, hooks, inputs, prompts, t, alpha)
+    guided = settings.guidance.on(step)
+    call = _Call(denoiser, hooks, inputs, _texts(prompts, guided), t, alpha)
     on_rows(call.run(joint, call.read(together, joint.branches), len(together))[1])
     predictions = []
 
@@ -155,26 +156,36 @@ def predict_window(
 
     for spread, latents, frames in ahead(passes(), 1):
         noise_RNChw, rows = call.run(spread, latents, frames)
-        negative, target = noise_RNChw[-2], noise_RNChw[-1]
-        guided = negative + settings.guidance_scale * (target - negative)
-        predictions.append(guided.cpu())
+        noise = noise_RNChw[-1]
+        if guided:
+            noise = noise_RNChw[-2] + settings.guidance.scale * (noise - noise_RNChw[-2])
+        predictions.append(noise.cpu())
         on_rows(rows)
     return torch.cat(predictions)
+
+
+def _texts(prompts: Prompts, guided: bool) -> tuple[Tensor, ...]:
+    """What the branches are told, the source's first."""
+    edited = (prompts.negative, prompts.target) if guided else (prompts.target,)
+    return (prompts.source, *edited)
 
 
 def _keyframe_pass(
     settings: EditSettings, hooks: Hooks, inputs: WindowInputs, window: WindowMoment, step: int
 ) -> KeyframePass:
-    conv_on = step < settings.injection.conv_steps
+    conv_on, guided = step < settings.injection.conv_steps, settings.guidance.on(step)
     stored = conv_on and settings.mode.stored_source
     return KeyframePass(
-        branches=branch_count(settings.mode, settings.injection, step, keyframe_pass=True),
+        branches=branch_count(
+            settings.mode, settings.injection, step, keyframe_pass=True, guided=guided
+        ),
         inject_qk=step < settings.injection.qk_steps,
         inject_conv=conv_on,
         stored_conv_KChw=inputs.conv([*window.anchors, *window.keyframes]) if stored else None,
         attention=hooks.attention,
         keep_tokens=not settings.mode.stored_source,
         foreign=window.foreign,
+        guided=guided,
     )
 
 
@@ -186,12 +197,14 @@ def _propagation_pass(
     neighbours: Sequence[Neighbours],
     step: int,
 ) -> PropagationPass:
-    conv_on = step < settings.injection.conv_steps
+    conv_on, guided = step < settings.injection.conv_steps, settings.guidance.on(step)
     stored = settings.mode.stored_source
     return PropagationPass(
         joint,
         neighbours,
-        branches=branch_count(settings.mode, settings.injection, step, keyframe_pass=False),
+        branches=branch_count(
+            settings.mode, settings.injection, step, keyframe_pass=False, guided=guided
+        ),
         inject_conv=conv_on,
         stored_conv_NChw=inputs.conv(batch) if stored and conv_on else None,
         stored_index=inputs.correspondences(batch) if stored else None,
@@ -211,21 +224,22 @@ class _Call:
     denoiser: Denoiser
     hooks: Hooks
     inputs: WindowInputs
-    prompts: Prompts
+    texts: tuple[Tensor, ...]
     t: int
     alpha: float
 
     def read(self, frames: Sequence[int], branches: int) -> _Latents:
         """What the branches start from, (N, C, h, w) each."""
         x = self.inputs.latents(frames)
-        return [self.inputs.source(frames).to(x), x, x] if branches == 3 else [x, x]
+        edited = len(self.texts) - 1
+        own = [self.inputs.source(frames).to(x)] if branches > edited else []
+        return [*own, *[x] * edited]
 
     def run(
         self, active: KeyframePass | PropagationPass, latents: _Latents, frames: int
     ) -> tuple[Tensor, int]:
         """(R, N, C, h, w) noise and the rows it took, branches in the order of `passes`."""
-        prompts = self.prompts
-        embeds = [prompts.source, prompts.negative, prompts.target][-len(latents) :]
+        embeds = self.texts[-len(latents) :]
         embeds_NTE = torch.cat([e.expand(frames, -1, -1) for e in embeds])
         with self.hooks.during(active):
             noise = self.denoiser.noise(torch.cat(latents), self.t, self.alpha, embeds_NTE)

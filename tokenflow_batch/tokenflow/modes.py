@@ -54,11 +54,39 @@ class Injection:
         return cls(int(steps * attn_t), int(steps * f_t))
 
 
-def branch_count(mode: Mode, injection: Injection, step: int, *, keyframe_pass: bool) -> int:
-    """Rows per frame in a pass: 3 with the source branch, else 2.
+@dataclass(frozen=True)
+class Guidance:
+    """Classifier-free guidance, and during which sampling steps.
+
+    Outside of them the prompt's own prediction is taken, and no negative one is made
+    (Kynkäänniemi et al., NeurIPS 2024, who bound the interval by noise levels).
+
+    Attributes:
+        scale: g in ε = ε_neg + g · (ε_target − ε_neg).
+        first: the first step with guidance.
+        stop: one past the last.
+    """
+
+    scale: float
+    first: int = 0
+    stop: int = 1 << 30
+
+    @classmethod
+    def within(cls, scale: float, steps: int, interval: tuple[float, float]) -> Guidance:
+        """From shares of the `steps` sampling steps, 0 the noisiest."""
+        return cls(scale, int(steps * interval[0]), int(steps * interval[1]))
+
+    def on(self, step: int) -> bool:
+        """Whether a step has a negative branch; g = 1 needs none."""
+        return self.first <= step < self.stop and self.scale != 1
+
+
+def branch_count(
+    mode: Mode, injection: Injection, step: int, *, keyframe_pass: bool, guided: bool = True
+) -> int:
+    """Rows per frame in a pass: target, negative where there is guidance, source where needed.
 
     With a stored source the source branch is needed only where queries and keys are injected.
     """
-    if not mode.stored_source:
-        return 3
-    return 3 if keyframe_pass and step < injection.qk_steps else 2
+    source = not mode.stored_source or (keyframe_pass and step < injection.qk_steps)
+    return 1 + guided + source

@@ -58,18 +58,21 @@ class SourcePass:
         return features_NChw
 
 
-def inject_conv(features: Tensor, branches: int, source_NChw: Tensor | None) -> Tensor:
+def inject_conv(
+    features: Tensor, branches: int, source_NChw: Tensor | None, edited: int = 2
+) -> Tensor:
     """Copy source convolution features over the negative and target branches.
 
     Args:
         features: (R·N, C, h, w).
         branches: R.
         source_NChw: stored source features, or None to take the batch's own source branch.
+        edited: how many of the last branches are not the source's.
     """
     parts = list(features.chunk(branches))
     if source_NChw is None:
         source_NChw = parts[0]
-    parts[-2:] = [source_NChw.to(features), source_NChw.to(features)]
+    parts[-edited:] = [source_NChw.to(features)] * edited
     return torch.cat(parts)
 
 
@@ -99,21 +102,24 @@ class KeyframePass:
         attention: AttentionBackend,
         keep_tokens: bool = False,
         foreign: Sequence[bool] = (),
+        guided: bool = True,
     ) -> None:
         """Set up a pass.
 
         Args:
-            branches: R, 2 or 3.
+            branches: R: source where needed, negative where `guided`, target.
             inject_qk: copy the source's queries and keys at the PnP sites.
             inject_conv: copy its convolution features.
             stored_conv_KChw: those, anchors included; None takes them from the source branch.
             attention: backend.
             keep_tokens: for finding correspondences on the way.
             foreign: per anchor, whether it is none of the window's keyframes.
+            guided: whether the batch has the negative branch.
         """
-        if inject_qk and branches != 3:
+        self.edited = 1 + guided
+        if inject_qk and branches == self.edited:
             raise ValueError("injecting queries and keys needs the source branch in the batch")
-        if keep_tokens and branches != 3:
+        if keep_tokens and branches == self.edited:
             raise ValueError("keeping source tokens needs the source branch in the batch")
         self.branches, self.inject_qk, self.inject_conv = branches, inject_qk, inject_conv
         self.stored_conv_KChw, self.attention = stored_conv_KChw, attention
@@ -138,7 +144,7 @@ class KeyframePass:
         )
         joined = []
         for r in range(self.branches):
-            source = self.branches == 3 and r == 0
+            source = r < self.branches - self.edited
             qk = 0 if self.inject_qk and site.inject_qk else r
             q, k, v = q_RKHLD[qk], k_RKHLD[qk], v_RKHLD[r]
             if source:
@@ -163,7 +169,7 @@ class KeyframePass:
         """Plug-and-Play injection, if this step asks for it."""
         if not self.inject_conv:
             return features_NChw
-        return inject_conv(features_NChw, self.branches, self.stored_conv_KChw)
+        return inject_conv(features_NChw, self.branches, self.stored_conv_KChw, self.edited)
 
 
 class PropagationPass:
@@ -246,7 +252,8 @@ class PropagationPass:
         """Plug-and-Play injection, if this step asks for it."""
         if not self.inject_conv:
             return features_NChw
-        return inject_conv(features_NChw, self.branches, self.stored_conv_NChw)
+        edited = self.keyframe_pass.edited
+        return inject_conv(features_NChw, self.branches, self.stored_conv_NChw, edited)
 
 
 def near_k(neighbours: Neighbours, side: int) -> int:
