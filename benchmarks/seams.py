@@ -188,6 +188,10 @@ WAYS: Final[Mapping[str, Method]] = {
 }
 
 
+JUDGED: Final = ("one window", "windows", "pieces")
+"""Those that the bounds are about."""
+
+
 def draw_scene(number: int, seed: int, frames: int, size: int) -> Edited:
     """The `number`-th scene of a seed."""
     kind, own = KINDS[number % len(KINDS)], 20_000 * (seed + 1) + number
@@ -226,6 +230,7 @@ class Options:
     size: int
     steps: int
     seed: int
+    ways: tuple[str, ...]
     sheets: Path | None
 
 
@@ -245,7 +250,8 @@ def measure(number: int, options: Options) -> dict[str, Any]:
         prepared = prepare(model, scene.clip, options.steps)
         advance(1)
         with tokenflow_hooks(model.unet) as hooks:
-            videos = edit(model, hooks, prepared, scene.wanted.caption, WAYS, Thresholds(), advance)
+            ways = {way: WAYS[way] for way in options.ways}
+            videos = edit(model, hooks, prepared, scene.wanted.caption, ways, Thresholds(), advance)
     joins = plan(options.frames).joins
     videos["hue step"] = turn_hue(videos["windows"], joins)
     if options.sheets:
@@ -303,14 +309,22 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=64, help="side in pixels")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--ways",
+        default=",".join(WAYS),
+        help=f"which of {', '.join(WAYS)}; {', '.join(JUDGED)} are needed",
+    )
     parser.add_argument("--model", default="demo", help="'demo' or a pipeline's folder")
     parser.add_argument("--processes", type=int, default=2, help="scenes measured at once")
     parser.add_argument("--threads", type=int, default=1, help="of each process")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result here")
     parser.add_argument("--sheets", type=Path, metavar="DIR", help="write contact sheets here")
     args, began = parser.parse_args(), time.monotonic()
+    ways = tuple(args.ways.split(","))
+    if not set(JUDGED) <= set(ways) <= set(WAYS):
+        parser.error(f"--ways: of {', '.join(WAYS)}, at least {', '.join(JUDGED)}")
     options = Options(
-        args.model, args.threads, args.frames, args.size, args.steps, args.seed, args.sheets
+        args.model, args.threads, args.frames, args.size, args.steps, args.seed, ways, args.sheets
     )
     work = functools.partial(measure, options=options)
     scenes = list(measure_all(args.scenes, args.processes, work))
