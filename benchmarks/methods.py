@@ -150,6 +150,7 @@ class Moment:
         prompts: text embeddings.
         thresholds: of the edit.
         steps: T.
+        clip: the ground truth.
     """
 
     step: int
@@ -163,6 +164,7 @@ class Moment:
     prompts: Prompts
     thresholds: Thresholds
     steps: int
+    clip: Clip
 
     @property
     def frames(self) -> range:
@@ -386,6 +388,7 @@ def edit(
             prompts,
             thresholds,
             len(schedule),
+            clip,
         )
         now.tokens, now.conv = _source_pass(denoiser, hooks, now, prompts.source.unsqueeze(0))
         observe(now)

@@ -21,9 +21,10 @@ from tokenflow_batch.tokenflow.attention import Hooks, attend, merge_heads, spli
 from tokenflow_batch.tokenflow.correspondence import normalise, vote
 from tokenflow_batch.tokenflow.denoise import Denoiser
 from tokenflow_batch.tokenflow.injection import Site
-from tokenflow_batch.tokenflow.keyframes import segments
+from tokenflow_batch.tokenflow.keyframes import Neighbours, segments
 from tokenflow_batch.tokenflow.modes import DEFAULT, branch_count
 from tokenflow_batch.tokenflow.passes import KeyframePass, PropagationPass, near_k, propagate
+from tokenflow_batch.tokenflow.windows import batches
 
 
 @dataclass(frozen=True)
@@ -215,34 +216,57 @@ class Variant:
 
     def __call__(self, denoiser: Denoiser, hooks: Hooks, now: Moment, x: Tensor) -> Tensor:
         """See `Method`."""
-        conv, qk = now.step < now.injection.conv_steps, now.step < now.injection.qk_steps
-        branches = branch_count(DEFAULT, now.injection, now.step, keyframe_pass=True)
-        keyframes = list(now.keyframes)
-        joint = (KeyframePass if self.gate is None else RememberingPass)(
-            branches=branches,
-            inject_qk=qk,
-            inject_conv=conv,
-            stored_conv_KChw=now.conv[keyframes] if conv else None,
-            attention=hooks.attention,
-        )
-        predict(denoiser, hooks, now, joint, x, keyframes)
-        fields, near, found = self.building.fields(now), neighbours(now), []
-        for start in range(0, len(x), now.thresholds.segment_length):
-            batch = list(now.frames[start : start + now.thresholds.segment_length])
-            spread = FieldPass(
-                joint,
-                [near[f] for f in batch],
-                branches=2,
-                inject_conv=conv,
-                stored_conv_NChw=now.conv[batch] if conv else None,
-                fields=[
-                    Field(f.index[batch], f.weight[batch], f.similarity[batch]) for f in fields
-                ],
-                gate=self.gate,
-            )
-            *_, negative, target = predict(denoiser, hooks, now, spread, x, batch)
-            found.append(negative + now.thresholds.guidance_scale * (target - negative))
-        return torch.cat(found)
+        joint = keyframe_pass(hooks, now, KeyframePass if self.gate is None else RememberingPass)
+        fields = self.building.fields(now)
+
+        def spread(batch: list[int], near: Sequence[Neighbours], **conv: Any) -> FieldPass:
+            own = [Field(f.index[batch], f.weight[batch], f.similarity[batch]) for f in fields]
+            return FieldPass(joint, near, branches=2, fields=own, gate=self.gate, **conv)
+
+        return joined(denoiser, hooks, now, x, joint, spread)
+
+
+def keyframe_pass(
+    hooks: Hooks, now: Moment, kind: type[KeyframePass] = KeyframePass, branches: int | None = None
+) -> KeyframePass:
+    """The default mode's joint pass at this step, to be performed; `branches` if not its own."""
+    conv, qk = now.step < now.injection.conv_steps, now.step < now.injection.qk_steps
+    return kind(
+        branches=branches or branch_count(DEFAULT, now.injection, now.step, keyframe_pass=True),
+        inject_qk=qk,
+        inject_conv=conv,
+        stored_conv_KChw=now.conv[list(now.keyframes)] if conv else None,
+        attention=hooks.attention,
+    )
+
+
+def joined(
+    denoiser: Denoiser,
+    hooks: Hooks,
+    now: Moment,
+    x: Tensor,
+    joint: KeyframePass,
+    spread: Callable[..., PropagationPass],
+) -> Tensor:
+    """Guided noise of all frames: the joint pass, then one pass for each batch of them.
+
+    Args:
+        denoiser: the model.
+        hooks: its seams.
+        now: the step.
+        x: edited latents, (F, C, h, w).
+        joint: of the keyframes, not performed yet.
+        spread: makes the pass of a batch from its frames, their neighbours and the conv features.
+    """
+    predict(denoiser, hooks, now, joint, x, list(now.keyframes))
+    near, conv, found = neighbours(now), now.step < now.injection.conv_steps, []
+    for frames in batches(now.frames, now.thresholds.segment_length):
+        batch = list(frames)
+        features = {"inject_conv": conv, "stored_conv_NChw": now.conv[batch] if conv else None}
+        active = spread(batch, [near[f] for f in batch], **features)
+        *_, negative, target = predict(denoiser, hooks, now, active, x, batch)
+        found.append(negative + now.thresholds.guidance_scale * (target - negative))
+    return torch.cat(found)
 
 
 def middle_keyframes(now: Moment) -> list[int]:

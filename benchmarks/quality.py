@@ -2,8 +2,8 @@
 
     python benchmarks/quality.py [--scenes 8] [--frames 24] [--seed 0] [--json FILE] [--sheets DIR]
 
-8 scenes take some 35 minutes on two cores. Options (`options.py`) are measured on the first
-`--option-scenes` only, the methods on all.
+8 scenes take some 35 minutes on two cores. Options (`options.py`), and what they could lead to at
+most (`beyond.py`), are measured on the first `--option-scenes` only, the methods on all.
 
 Generated clips with exact masks, flow and occlusions, each with one edit: colour, texture or ground
 in turn, on plain motion and on harder scenes (light that changes, a post in front, two objects,
@@ -41,6 +41,7 @@ from typing import Any, Final
 
 import numpy as np
 import torch
+from beyond import BEYOND
 from classifier import Classifier, agreement, load, read
 from methods import (
     METHODS,
@@ -95,7 +96,7 @@ VARIANTS: Final[tuple[dict[str, Any], ...]] = (
 """Options of `Clip.random`, in turn."""
 
 DOMAINS: Final = {"first": FIRST, "full": FULL}
-ALL: Final = {**METHODS, **OPTIONS}
+ALL: Final = {**METHODS, **OPTIONS, **BEYOND}
 REFERENCES: Final = ("reconstruction", "perfect")
 PLAIN_STEPS: Final = (500, 50)
 """Inversion and sampling steps of the published code."""
@@ -253,7 +254,7 @@ class Options:
 
     def measured(self, number: int) -> dict[str, Method]:
         """What the `number`-th scene is edited with."""
-        kept = self.methods if number < self.option_scenes else set(self.methods) - set(OPTIONS)
+        kept = self.methods if number < self.option_scenes else set(METHODS)
         return {name: ALL[name] for name in self.methods if name in kept}
 
 

@@ -13,6 +13,7 @@ from tokenflow_batch.models import load
 from tokenflow_batch.tokenflow.attention import tokenflow_hooks
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import beyond
 import methods
 import options
 import tables
@@ -42,7 +43,7 @@ def test_the_default_rebuilt_from_parts_is_the_default(model, frames):
 
 def test_every_option_changes_something_and_keeps_every_frame(model):
     clip = Clip.random(2, 7, 32)
-    chosen = {"default": methods.TokenFlow(), **options.OPTIONS}
+    chosen = {"default": methods.TokenFlow(), **options.OPTIONS, **beyond.BEYOND}
     found = edited(model, clip, chosen, attn_t=0.5)
     for name, frames in found.items():
         assert frames.shape == found["default"].shape, name
@@ -68,6 +69,7 @@ def test_weights_of_a_field_sum_to_one(options_):
         None,
         methods.Thresholds(segment_length=3),
         2,
+        Clip.random(0, 7, 32),
     )
     (field,) = options.Building(**options_).fields(now)
     torch.testing.assert_close(field.weight.sum(dim=(1, 3)), torch.ones(7, 16))
