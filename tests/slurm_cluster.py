@@ -13,15 +13,17 @@ import time
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 
 import pytest
+from filelock import FileLock
 
 NODES = ("n1", "n2")
 ARRAY_SIZE = 4
 """Tasks that an array may have here: few, so that longer batches are cut."""
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "scontrol")
-INSTALL = ("apt-get", "install", "-y", "--no-install-recommends", "slurm-wlm", "munge")
+INSTALL = ("apt-get", "-o", "DPkg::Lock::Timeout=300", "install", "-y", "--no-install-recommends")
+INSTALL += ("slurm-wlm", "munge")
 
 SLURM_CONF = """\
 ClusterName=test
@@ -55,29 +57,41 @@ SlurmdParameters=config_overrides
 GresTypes=gpu
 NodeName=n1 NodeHostname=localhost NodeAddr=127.0.0.1 Port={ports[1]} {node}
 NodeName=n2 NodeHostname=localhost NodeAddr=127.0.0.1 Port={ports[2]} {node}
-PartitionName=gpu Nodes=n1,n2 Default=YES PriorityTier=1 MaxTime=60
-PartitionName=cpu Nodes=n1,n2 PriorityTier=1 MaxTime=60
-PartitionName=high Nodes=n1,n2 PriorityTier=10 PreemptMode=OFF MaxTime=60
+PartitionName=gpu Nodes=n1,n2 Default=YES PriorityTier=1 DefaultTime=60
+PartitionName=cpu Nodes=n1,n2 PriorityTier=1 DefaultTime=60
+PartitionName=high Nodes=n1,n2 PriorityTier=10 PreemptMode=OFF DefaultTime=60
 """
-NODE = "CPUs=2 RealMemory=4000 Gres=gpu:2 State=UNKNOWN"
+NODE = "CPUs=2 RealMemory=4000 Gres=gpu:a100:2 Feature=a100,ib State=UNKNOWN"
 
 
 def missing():
     """Why no Slurm can be had here, or None; installs Debian's packages where that is possible."""
     if os.geteuid() != 0:
         return "a private Slurm needs root"
+    if shutil.which("apt-get") is None:
+        absent = [name for name in PROGRAMS if shutil.which(name) is None]
+        return (
+            f"there is no {', '.join(absent)}, and no apt-get to install Slurm" if absent else None
+        )
+    # apt doesn't wait for itself: tests in several processes install one after another.
+    with FileLock(Path(gettempdir()) / "tokenflow-batch-tests-apt.lock"):
+        return _install()
+
+
+def _install():
     if all(map(shutil.which, PROGRAMS)):
         return None
-    if shutil.which("apt-get") is None:
-        return "Slurm is not installed, and there is no apt-get to install it with"
     quiet = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
     try:
         for command in (("apt-get", "update"), INSTALL):
-            subprocess.run(command, check=True, capture_output=True, timeout=300, env=quiet)
+            answer = subprocess.run(
+                command, capture_output=True, text=True, timeout=600, check=False, env=quiet
+            )
     except (subprocess.SubprocessError, OSError) as error:
         return f"Slurm can't be installed: {error}"
     absent = [name for name in PROGRAMS if shutil.which(name) is None]
-    return f"Slurm was installed, but there is no {', '.join(absent)}" if absent else None
+    said = " ".join(answer.stderr.split()[-20:])
+    return f"Slurm can't be installed, there is no {', '.join(absent)}: {said}" if absent else None
 
 
 def free_ports(count):
@@ -129,8 +143,8 @@ class Cluster:
             host=host, folder=self.folder, ports=free_ports(3), node=NODE, array_size=ARRAY_SIZE
         )
         (self.folder / "slurm.conf").write_text(conf)
-        gpus = f"NodeName=n[1-2] Name=gpu File={self.folder}/dev/nvidia[0-1] Flags=nvidia_gpu_env\n"
-        (self.folder / "gres.conf").write_text(gpus)
+        gpus = f"Name=gpu Type=a100 File={self.folder}/dev/nvidia[0-1] Flags=nvidia_gpu_env"
+        (self.folder / "gres.conf").write_text(f"NodeName=n[1-2] {gpus}\n")
 
     def _daemon(self, *command):
         with (self.folder / f"{command[0]}.out").open("ab") as out:

@@ -5,7 +5,6 @@ import re
 import shutil
 import signal
 from contextlib import suppress
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -25,9 +24,7 @@ from slurm_batches import (
     wait_until,
 )
 from slurm_cluster import ARRAY_SIZE, slurm
-from test_submit import CASES, MISSING, WORK
-
-from tokenflow_batch.slurm import plan
+from test_submit import RECORDED
 
 pytestmark = pytest.mark.slow
 __all__ = ["slurm", "submit"]
@@ -133,19 +130,13 @@ def _same_as_a_plain_run(manifest, folder):
         assert same(outcome(manifest, number), outcome(plain, number))
 
 
-def test_sbatch_accepts_the_scripts(slurm, tmp_path):
-    given = {"nodes": ("1", None), "full": ("1", "50"), "gpus": ("2", None), "plain": ("1", None)}
-    for name, (gpus, limit) in given.items():
-        wanted = replace(
-            CASES[name], gpus=gpus, time=limit, mem="1G", cpus=1, constraint=None, qos=None
-        )
-        for one in plan(wanted, WORK, MISSING):
-            path = tmp_path / f"{name}.sbatch"
-            path.write_text(one.text)
-            slurm("sbatch", "--test-only", path)  # raises where it is refused
-    path.write_text(one.text.replace("--nodes=1", "--nodes=7"))
+@pytest.mark.parametrize("path", sorted(RECORDED.glob("*.sbatch")), ids=lambda path: path.name)
+def test_sbatch_accepts_the_recorded_scripts(slurm, path, tmp_path):
+    slurm("sbatch", "--test-only", path)  # raises where it is refused
+    too_many = tmp_path / "too_many.sbatch"
+    too_many.write_text(re.sub("--nodes=[0-9]", "--nodes=7", path.read_text()))
     with pytest.raises(RuntimeError, match="not available"):
-        slurm("sbatch", "--test-only", path)
+        slurm("sbatch", "--test-only", too_many)
 
 
 def test_what_slurm_refuses_is_told(slurm, submit, tmp_path, tiny_model):

@@ -5,6 +5,7 @@ After a change on purpose: `python tests/test_submit.py` records anew; read the 
 
 import shutil
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,11 +19,13 @@ from tokenflow_batch.sbatch import Resources, Work
 from tokenflow_batch.slurm import Missing, plan, queued, work_of
 
 RECORDED = Path(__file__).with_name("recorded")
+SCRIPTS = Path(__file__).parents[1] / "scripts"
 WORK = Work(
     name="tokenflow-wolves-0123456789ab",
     manifest=Path("/home/ann/wolves 2026/wolves.yaml"),
     options=("--workdir", "/scratch/ann/work"),
     folder=Path("/scratch/ann/work/slurm"),
+    logs=Path("/scratch/ann/work/slurm/logs"),
     binds=(Path("/home/ann/wolves 2026"), Path("/scratch/ann/work")),
 )
 MISSING = Missing(gpu=("wolf/*", "fox [[]1]/*"), cpu=("bear/*",), queued=(), complete=7)
@@ -33,18 +36,24 @@ FULL = Resources(
     qos="long",
     constraint="a100&ib",
     time="12:00:00",
-    mem="64G",
-    cpus=8,
+    mem="3G",
+    cpus=2,
+    cpu_account="film",
+    cpu_qos="short",
+    cpu_time="90:00",
+    cpu_mem="2G",
+    cpu_cpus=1,
     gpus="a100:1",
     throttle=4,
     grace=300,
+    extra=("--nice=50", "--exclude=n1"),
     setup=("module load cuda/12.4", "source /home/ann/env/bin/activate"),
 )
 CASES = {
     "plain": Resources(),
     "full": FULL,
-    "gpus": Resources(gpus="4", container="/images/tokenflow.sif"),
-    "nodes": Resources(gpus="h100:2", nodes=2, time="1-0"),
+    "gpus": Resources(gpus="2", container="/images/tokenflow.sif"),
+    "nodes": Resources(gpus="a100:2", nodes=2, time="1-0", cpus=2),
     "scratch": Resources(scratch="$TMPDIR/tokenflow", cpu_partition="cpu"),
     "near": Resources(
         gpus="2", nodes=2, container="/images/token flow.sif", scratch="/local/$USER"
@@ -69,7 +78,7 @@ def test_scripts_are_the_recorded_ones():
 @pytest.mark.parametrize("name", sorted(recorded()))
 def test_shellcheck_has_nothing_to_say(name):
     answer = subprocess.run(
-        ["shellcheck", "--exclude=SC1091", RECORDED / name],
+        ["shellcheck", RECORDED / name],
         capture_output=True,
         text=True,
         check=False,
@@ -88,6 +97,58 @@ def test_stages_of_other_resources_are_arrays_of_their_own():
     assert plan(FULL, WORK, done) == plan(Resources(), WORK, done) == []
     (one,) = plan(FULL, WORK, replace(MISSING, gpu=()))
     assert (one.array.patterns, one.after) == (MISSING.cpu, None)
+
+
+PROGRAMS = [
+    *sorted(path for path in SCRIPTS.iterdir() if path.is_file() and path.suffix != ".py"),
+    SCRIPTS.parent / ".ci" / "run",
+]
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+@pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.name)
+def test_shellcheck_has_nothing_to_say_of_our_own_scripts(path):
+    answer = subprocess.run(
+        ["shellcheck", "--shell=bash", "--external-sources", "--source-path=SCRIPTDIR", path],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (answer.returncode, answer.stdout) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("limit", "seconds"),
+    [
+        ("45", 2700),
+        ("12:00", 720),
+        ("12:00:05", 43205),
+        ("1-0", 86400),
+        ("1-2:30", 95400),
+        ("2-03:04:05", 183845),
+    ],
+)
+def test_a_limit_is_read_as_sbatch_reads_it(limit, seconds):
+    Resources(time=limit, grace=seconds - 1)
+    with pytest.raises(ManifestError, match=f"is {seconds} seconds"):
+        Resources(time=limit, grace=seconds)
+
+
+@pytest.mark.parametrize("limit", ["", "noon", "1:2:3:4", "-5", "1h", "1-"])
+def test_a_limit_that_is_none_is_told(limit):
+    with pytest.raises(ManifestError, match="--cpu-time"):
+        Resources(cpu_partition="cpu", cpu_time=limit)
+
+
+def test_what_is_for_the_cpu_partition_needs_one():
+    with pytest.raises(ManifestError, match="--cpu-mem is for the jobs of --cpu-partition"):
+        Resources(cpu_mem="2G")
+
+
+@pytest.mark.parametrize("option", ["", "exclude=n1", "-x n1", "--exclude=n1\n#SBATCH --uid=0"])
+def test_an_option_that_is_none_is_told(option):
+    with pytest.raises(ManifestError, match="--sbatch"):
+        Resources(extra=(option,))
 
 
 @pytest.mark.parametrize("gpus", ["", "a100", "-1", "a100:", "1,2", "1 2", "x y:1"])
@@ -215,11 +276,11 @@ def test_an_edit_that_was_not_published_is_missing(manifest):
 def test_dry_run_prints_the_scripts_and_writes_nothing(manifest, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))  # no Slurm there
     work = manifest.parent / "out" / ".work"
-    answer = command("submit", manifest, "--dry-run", "--cpu-partition", "cpu", "--time", "1:00")
+    answer = command("submit", manifest, "--dry-run", "--cpu-partition", "cpu", "--time", "1:00:00")
     assert answer.exit_code == 0, answer.output
     batch = load(manifest)
     wanted = plan(
-        Resources(cpu_partition="cpu", time="1:00"),
+        Resources(cpu_partition="cpu", time="1:00:00"),
         work_of(manifest, batch, ()),
         slurm.missing(batch, frozenset()),
     )
@@ -228,6 +289,32 @@ def test_dry_run_prints_the_scripts_and_writes_nothing(manifest, monkeypatch, tm
     assert answer.stdout.startswith("#!/bin/bash\n")
     assert "--dependency=aftercorr:JOB1 " in answer.stdout
     assert not (work / "slurm").exists()
+
+
+def test_options_of_run_come_along(manifest, tmp_path):
+    table = manifest.with_name("table.csv")
+    table.write_text("video,prompt\none.mp4,blue\n")
+    model = load(manifest).jobs[0].model
+    given = ["--model", model, "--disk-budget", "20GB", "--logs", tmp_path / "a%b", "--sbatch"]
+    answer = command("submit", table, "--dry-run", *given, "--exclude=n7")
+    assert answer.exit_code == 0, answer.output
+    assert f"table.csv --model {model} --disk-budget 20GB --only" in answer.stdout
+    assert f"#SBATCH --output={tmp_path}/a%%b/%x-%A_%a.log\n" in answer.stdout
+    assert "#SBATCH --exclude=n7\n" in answer.stdout
+    answer = command("submit", manifest, "--dry-run", "--disk-budget", "much")
+    assert answer.exit_code == 2
+
+
+def test_tasks_find_this_installation(monkeypatch, tmp_path):
+    here = Path(sys.executable).parent
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    assert slurm._path() == f"{here}:/usr/bin:/bin"
+    monkeypatch.setenv("PATH", f"{tmp_path}:{here}")
+    assert slurm._path() == f"{tmp_path}:{here}"
+    other = tmp_path / "tokenflow-batch"
+    other.write_text("#!/bin/sh\n")
+    other.chmod(0o755)
+    assert slurm._path() == f"{here}:{tmp_path}:{here}"
 
 
 def test_without_slurm_submit_says_so(manifest, monkeypatch, tmp_path):
@@ -257,6 +344,32 @@ def test_a_silent_or_refusing_slurm_is_told(monkeypatch, tmp_path):
     program.write_text("#!/bin/sh\necho 'squeue: error: Unable to contact' >&2\nexit 1\n")
     with pytest.raises(ClusterError, match="refused: Unable to contact"):
         queued(WORK)
+
+
+def test_a_container_sees_all_that_a_task_reads_and_writes(manifest, tiny_model, tmp_path):
+    batch = load(manifest, output=tmp_path / "out", workdir=tmp_path / "work")
+    binds = work_of(manifest, batch, ()).binds
+    assert set(binds) == {manifest.parent, tiny_model, tmp_path / "out", tmp_path / "work"}
+    odd = replace(WORK, binds=(Path("/data/a:b"),))
+    with pytest.raises(ManifestError, match="/data/a:b: a container can't"):
+        plan(Resources(container="x.sif"), odd, MISSING)
+
+
+def test_a_container_sees_the_hubs_cache(manifest, tiny_model, tmp_path):
+    """Snapshots there are links to files beside them."""
+    cache = tmp_path / "models--owner--tiny"
+    blobs, snapshot = cache / "blobs", cache / "snapshots" / "a1"
+    shutil.copytree(tiny_model, blobs)
+    shutil.copytree(
+        tiny_model,
+        snapshot,
+        copy_function=lambda source, to: Path(to).symlink_to(
+            blobs / Path(source).relative_to(tiny_model)
+        ),
+    )
+    batch = load(manifest)
+    jobs = tuple(replace(job, model=str(snapshot)) for job in batch.jobs)
+    assert tmp_path in work_of(manifest, replace(batch, jobs=jobs), ()).binds
 
 
 def test_two_manifests_or_work_folders_do_not_share_a_name(manifest, tmp_path):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from string import Template
 from typing import Literal
@@ -24,6 +24,7 @@ _STAGES: dict[Part, tuple[str, ...]] = {
 }
 _SCRATCH = re.compile(r"(?:/|\$\w|\$\{\w+\})(?:[\w./@+:=-]|\$\w|\$\{\w+\})*")
 _GPUS = re.compile(r"(?:[A-Za-z][\w.-]*:)?(\d{1,3})")
+_TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Resources:
     Attributes:
         partition, account, qos, constraint, time, mem, cpus: as sbatch takes them.
         cpu_partition: where `render` and `report` run, in an array of their own.
+        cpu_account, cpu_qos, cpu_time, cpu_mem, cpu_cpus: what differs there from the GPU stages.
         gpus: GPUs of a job on each of its nodes, as `NUMBER` or `TYPE:NUMBER`.
         nodes: nodes of a job; more than one shares each clip among them.
         throttle: at most so many tasks at once.
@@ -40,10 +42,16 @@ class Resources:
         setup: lines of shell before the work (`module load cuda`).
         container: image that apptainer runs the work in.
         scratch: folder on a node's own disk; may name variables that the node sets (`$TMPDIR`).
+        extra: further options of sbatch, for all jobs (`--exclude=n7`).
     """
 
     partition: str | None = None
     cpu_partition: str | None = None
+    cpu_account: str | None = None
+    cpu_qos: str | None = None
+    cpu_time: str | None = None
+    cpu_mem: str | None = None
+    cpu_cpus: int | None = None
     account: str | None = None
     qos: str | None = None
     constraint: str | None = None
@@ -57,6 +65,7 @@ class Resources:
     setup: tuple[str, ...] = ()
     container: str | None = None
     scratch: str | None = None
+    extra: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.scratch is not None and not _SCRATCH.fullmatch(self.scratch):
@@ -70,12 +79,68 @@ class Resources:
                 f"--gpus-per-job {self.gpus!r} is neither a number nor a type and a number",
                 hint="such as 1, 0 or a100:2",
             )
+        for name, limit in (("--time", self.time), ("--cpu-time", self.cpu_time)):
+            self._check_limit(name, limit)
+        for option in self.extra:
+            if not re.fullmatch(r"--[a-z].*", option) or not option.isprintable():
+                raise ManifestError(
+                    f"--sbatch {option!r} is no option of sbatch", hint="such as --exclude=n7"
+                )
+        there = ("cpu_account", "cpu_qos", "cpu_time", "cpu_mem", "cpu_cpus")
+        given = [name for name in there if getattr(self, name) is not None]
+        if self.cpu_partition is None and given:
+            raise ManifestError(
+                f"--{given[0].replace('_', '-')} is for the jobs of --cpu-partition",
+                hint="name that partition too",
+            )
+
+    @property
+    def on_cpus(self) -> Resources:
+        """What the jobs of `cpu_partition` ask for."""
+        return replace(
+            self,
+            partition=self.cpu_partition,
+            account=self.cpu_account or self.account,
+            qos=self.cpu_qos or self.qos,
+            constraint=None,
+            time=self.cpu_time or self.time,
+            mem=self.cpu_mem or self.mem,
+            cpus=self.cpu_cpus or self.cpus,
+            nodes=1,
+        )
+
+    def _check_limit(self, name: str, limit: str | None) -> None:
+        """A task that is stopped as soon as it starts would be queued again for ever."""
+        if limit is None:
+            return
+        seconds = _seconds(limit)
+        if seconds is None:
+            raise ManifestError(
+                f"{name} {limit!r} is no time", hint="such as 12:00:00 (hours first) or 1-12:00:00"
+            )
+        if 0 < seconds <= self.grace:  # 0 is no limit
+            raise ManifestError(
+                f"{name} {limit} is {seconds} seconds, and a task is stopped {self.grace} before",
+                hint="12:00 are twelve minutes, 12:00:00 hours; or give a smaller --grace",
+            )
 
     @property
     def processes(self) -> int:
         """Processes on each node: one a GPU, and one where there is none."""
         match = _GPUS.fullmatch(self.gpus)
         return max(1, int(match[1])) if match else 1
+
+
+def _seconds(limit: str) -> int | None:
+    """A time as sbatch takes it: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S."""
+    match = _TIME.fullmatch(limit)
+    if match is None:
+        return None
+    numbers = [int(part) for part in match.groups()[1:] if part is not None]
+    if match[1] is None and len(numbers) < 3:
+        numbers.insert(0, 0)  # minutes come first
+    hours, minutes, seconds = [*numbers, 0, 0][:3]
+    return ((int(match[1] or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 @dataclass(frozen=True)
@@ -86,7 +151,8 @@ class Work:
         name: the jobs' name in Slurm.
         manifest: absolute.
         options: `--output`, `--workdir` and the like, for `tokenflow-batch run`.
-        folder: for logs and lists of clips.
+        folder: for lists of clips, and for notes of tasks.
+        logs: for the tasks' logs.
         binds: folders that a container must see.
     """
 
@@ -94,6 +160,7 @@ class Work:
     manifest: Path
     options: tuple[str, ...]
     folder: Path
+    logs: Path
     binds: tuple[Path, ...] = ()
 
 
@@ -122,6 +189,7 @@ _TEXT = _Script(r"""#!/bin/bash
 @directives
 clips=@list
 task=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
+failures=@failures/$task
 work='' stopped=''
 
 # Sent shortly before the time limit, and when the task has to make room for another job.
@@ -161,9 +229,13 @@ done
 
 [ "$code" -eq 0 ] && exit 0
 [ -z "$stopped" ] || again
-# Worth another try: 137 and 143, killed; 9, another process still holds the clip@why.
+# Worth three more tries: 137 and 143, killed; 9, another process still holds the clip@why.
 case $code in
-  @retried) [ "${SLURM_RESTART_COUNT:-0}" -ge 3 ] || again ;;
+  @retried)
+    if echo "$code" >>"$failures" && [ "$(wc -l <"$failures")" -le 3 ]; then
+      again
+    fi
+    ;;
 esac
 exit "$code"
 """)
@@ -191,12 +263,15 @@ def script(resources: Resources, work: Work, array: Array) -> str:
     """
     launched = array.part != "cpu" and resources.nodes * resources.processes > 1
     several = launched and resources.nodes > 1
-    setup = list(resources.setup) + ([_ADDRESS] if several else [])
+    setup = [line for given in resources.setup for line in _checked(given)] + (
+        [_ADDRESS] if several else []
+    )
     if resources.scratch is not None:
         setup.append(_NODE_SCRATCH.format(resources.scratch))
     return _TEXT.substitute(
         directives="\n".join(f"#SBATCH {line}" for line in _directives(resources, work, array)),
         list=shlex.quote(str(array.list)),
+        failures=shlex.quote(str(work.folder / "failures")),
         stop='scancel --signal=TERM "$task"' if several else 'kill -TERM "$work" 2>/dev/null',
         setup="\n".join(setup),
         run=_command(resources, work, array, launched=launched),
@@ -205,18 +280,24 @@ def script(resources: Resources, work: Work, array: Array) -> str:
     ).replace("\n\n\n", "\n\n")
 
 
+def _checked(line: str) -> list[str]:
+    """A line of the user's; what it reads is no matter of shellcheck."""
+    reads = re.match(r"\s*(source|\.)\s", line)
+    return ["# shellcheck disable=SC1091 # a file of the node", line] if reads else [line]
+
+
 def _directives(r: Resources, work: Work, array: Array) -> list[str]:
     on_gpus = array.part != "cpu"
-    nodes = r.nodes if on_gpus else 1
+    r = r if on_gpus else r.on_cpus
     wanted: dict[str, str | int | None] = {
         "job-name": work.name,
         "comment": array.comment,
         "array": f"0-{len(array.patterns) - 1}" + (f"%{r.throttle}" if r.throttle else ""),
-        "partition": r.partition if on_gpus else r.cpu_partition,
+        "partition": r.partition,
         "account": r.account,
         "qos": r.qos,
-        "constraint": r.constraint if on_gpus else None,
-        "nodes": nodes,
+        "constraint": r.constraint,
+        "nodes": r.nodes,
         "ntasks-per-node": 1,
         "cpus-per-task": r.cpus,
         "mem": r.mem,
@@ -225,10 +306,10 @@ def _directives(r: Resources, work: Work, array: Array) -> list[str]:
         else None,
         "time": r.time,
         "signal": f"B:TERM@{r.grace}",
-        "output": str(work.folder / "logs").replace("%", "%%") + "/%x-%A_%a.log",
+        "output": str(work.logs).replace("%", "%%") + "/%x-%A_%a.log",
     }
     given = [f"--{name}={_quoted(name, v)}" for name, v in wanted.items() if v is not None]
-    return [*given, "--requeue", "--open-mode=append"]
+    return [*given, *r.extra, "--requeue", "--open-mode=append"]
 
 
 def _quoted(name: str, value: str | int) -> str:
@@ -248,6 +329,11 @@ def _command(r: Resources, work: Work, array: Array, *, launched: bool) -> str:
     arguments = f'{shlex.join(words)} --only "$only"'
     inside, first = "", ""
     if r.container is not None:
+        for bind in work.binds:
+            if re.search(r"[,:]", str(bind)):
+                raise ManifestError(
+                    f"{bind}: a container can't be given this folder", hint="no comma, no colon"
+                )
         binds = shlex.join(["apptainer", "exec", "--nv", "--bind", ",".join(map(str, work.binds))])
         near = "" if r.scratch is None else ' --bind "$scratch"'
         inside = f"{binds}{near} {shlex.quote(r.container)} "
@@ -259,10 +345,12 @@ def _command(r: Resources, work: Work, array: Array, *, launched: bool) -> str:
     launch = _LAUNCH.format(nodes=r.nodes, all=r.nodes * r.processes, port=_PORT)
     if r.nodes == 1:
         return f"{first}{inside}{launch} -m tokenflow_batch {arguments}"
+    cores = "" if r.cpus is None else f" --cpus-per-task={r.cpus}"
     here = '--machine_rank "$SLURM_NODEID" --main_process_ip "$0" -m tokenflow_batch "$@"'
     return (
         "# shellcheck disable=SC2016 # each node expands it\n"
-        "srun --kill-on-bad-exit=1 bash -c \\\n"
+        # Slurm 22.05 and later give a step one core if it isn't told.
+        f"srun --kill-on-bad-exit=1{cores} bash -c \\\n"
         f"  {shlex.quote(f'{first}exec {inside}{launch} {here}')} \\\n"
         f'  "$address" {arguments}'
     )

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import os
 import re
+import shutil
 import subprocess
+import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -19,6 +22,7 @@ from filelock import FileLock
 from tokenflow_batch.config import Batch
 from tokenflow_batch.errors import ClusterError, StoreError
 from tokenflow_batch.files import replacing
+from tokenflow_batch.model_files import DEMO, locate
 from tokenflow_batch.sbatch import Array, Part, Resources, Work, script
 from tokenflow_batch.status import JobStatus, status
 
@@ -68,15 +72,43 @@ class Submission:
     job: str | None = None
 
 
-def work_of(manifest: Path, batch: Batch, options: Sequence[str]) -> Work:
-    """Names and places; the jobs' name stands for this manifest and this work folder."""
+def work_of(manifest: Path, batch: Batch, options: Sequence[str], logs: Path | None = None) -> Work:
+    """Names and places; the jobs' name stands for this manifest and this work folder.
+
+    Args:
+        manifest: its path.
+        batch: what it says.
+        options: what tasks give to `run` besides.
+        logs: folder for the tasks' logs; by default one in the work folder.
+
+    Raises:
+        ModelError: the model is not on this disk.
+    """
     path, folder = manifest.resolve(), batch.workdir.resolve()
     mark = hashlib.sha256(f"{path}\n{folder}".encode()).hexdigest()[:12]
     stem = re.sub(r"[^A-Za-z0-9_.-]", "_", path.stem)[:40]
     output = batch.output.resolve()
     videos = {job.video.resolve().parent for job in batch.jobs}
-    binds = sorted({path.parent, output, folder, *videos})
-    return Work(f"tokenflow-{stem}-{mark}", path, tuple(options), folder / "slurm", tuple(binds))
+    binds = sorted({path.parent, output, folder, *videos, *_model_folders(batch)})
+    own = folder / "slurm"
+    where = own / "logs" if logs is None else logs.resolve()
+    name = f"tokenflow-{stem}-{mark}"
+    return Work(name, path, tuple(options), own, where, tuple(binds))
+
+
+def _model_folders(batch: Batch) -> set[Path]:
+    """Where the models lie, for a container; the one that comes along is inside of it."""
+    found = set()
+    for model, base_config in {(job.model, job.base_config) for job in batch.jobs}:
+        files = locate(model, base_config, download=False)
+        for path in (files.path, files.base_config):
+            if path is None or path == DEMO:
+                continue
+            folder = path.resolve() if path.is_dir() else path.resolve().parent
+            # A snapshot in the hub's cache is links to files beside it.
+            cached = [p for p in folder.parents if (p / "blobs").is_dir()]
+            found.add(cached[0].parent if cached else folder)
+    return found
 
 
 def missing(batch: Batch, queued: frozenset[str]) -> Missing:
@@ -161,10 +193,11 @@ def submit(batch: Batch, resources: Resources, work: Work) -> tuple[Missing, lis
         StoreError: the work folder can't be written.
     """
     try:
-        (work.folder / "logs").mkdir(parents=True, exist_ok=True)
+        for folder in (work.folder / "failures", work.logs, batch.output):
+            folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StoreError(
-            f"{work.folder}: {error.strerror}", hint="the output and work folders must be writable"
+            f"{folder}: {error.strerror}", hint="output, work and log folders must be writable"
         ) from None
     with FileLock(work.folder / "submit.lock"):
         found = missing(batch, queued(work))
@@ -239,11 +272,21 @@ def queued(work: Work) -> frozenset[str]:
 
 
 def _sbatch(text: str, options: Sequence[str]) -> str:
-    said = _call(["sbatch", "--parsable", *options], "sbatch", stdin=text)
+    environment = {**os.environ, "PATH": _path()}
+    said = _call(["sbatch", "--parsable", *options], "sbatch", stdin=text, env=environment)
     number = said.strip().partition(";")[0]
     if not number.isdecimal():
         raise ClusterError(f"sbatch gave no job number but {said.strip()!r}")
     return number
+
+
+def _path() -> str:
+    """`PATH` for the tasks: what is called there is this installation, activated or not."""
+    path, here = os.environ.get("PATH", ""), Path(sys.executable).with_name("tokenflow-batch")
+    found = shutil.which(here.name)
+    if not here.is_file() or (found is not None and here.samefile(found)):
+        return path
+    return os.pathsep.join(filter(None, (str(here.parent), path)))
 
 
 def _half_submitted(error: ClusterError, done: Sequence[Submission]) -> ClusterError:
@@ -256,11 +299,19 @@ def _half_submitted(error: ClusterError, done: Sequence[Submission]) -> ClusterE
     )
 
 
-def _call(command: list[str], what: str, stdin: str | None = None) -> str:
+def _call(
+    command: list[str], what: str, stdin: str | None = None, env: dict[str, str] | None = None
+) -> str:
     """Run one of Slurm's commands and give what it said."""
     try:
         answer = subprocess.run(
-            command, input=stdin, capture_output=True, text=True, timeout=PATIENCE, check=False
+            command,
+            input=stdin,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+            check=False,
+            env=env,
         )
     except FileNotFoundError:
         raise ClusterError(

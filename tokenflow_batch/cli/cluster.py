@@ -10,8 +10,10 @@ import typer
 
 from tokenflow_batch.cli.options import (
     DeviceOption,
+    DiskBudgetOption,
     JsonOption,
     ManifestArgument,
+    ModelOption,
     OutputOption,
     ThreadsOption,
     WorkdirOption,
@@ -51,16 +53,26 @@ def _fetch(manifest: ManifestArgument) -> None:
 
 def _submit(
     manifest: ManifestArgument,
+    model: ModelOption = None,
     output: OutputOption = None,
     workdir: WorkdirOption = None,
     device: DeviceOption = None,
     threads: ThreadsOption = None,
+    disk_budget: DiskBudgetOption = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the scripts; needs no Slurm.")
     ] = False,
     partition: Annotated[Text, _option("--partition", "For the GPU stages.", "NAME")] = None,
     cpu_partition: Annotated[
         Text, _option("--cpu-partition", "For render and report, as jobs of their own.", "NAME")
+    ] = None,
+    cpu_account: Annotated[Text, _option("--cpu-account", "Who pays there.", "NAME")] = None,
+    cpu_qos: Annotated[Text, _option("--cpu-qos", "Quality of service there.", "NAME")] = None,
+    cpu_time: Annotated[Text, _option("--cpu-time", "Limit of a task there.", "TIME")] = None,
+    cpu_mem: Annotated[Text, _option("--cpu-mem", "Memory of a task there.", "SIZE")] = None,
+    cpu_cpus: Annotated[
+        int | None,
+        typer.Option(min=1, help="CPU cores of a task there.", rich_help_panel=_SLURM),
     ] = None,
     account: Annotated[Text, _option("--account", "Who pays.", "NAME")] = None,
     qos: Annotated[Text, _option("--qos", "Quality of service.", "NAME")] = None,
@@ -97,24 +109,46 @@ def _submit(
     scratch: Annotated[
         Text, _option("--scratch", "Folder on a node's own disk, such as '$TMPDIR'.", "DIR")
     ] = None,
+    logs: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Folder for the tasks' logs (WORKDIR/slurm/logs).",
+            rich_help_panel=_SLURM,
+        ),
+    ] = None,
+    sbatch: Annotated[
+        list[str] | None,
+        _option("--sbatch", "Any other option of sbatch, such as `--exclude=n7`.", "OPTION"),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Submit what is missing to Slurm: an array of jobs, one task a clip."""
-    batch = load_batch(manifest, output, workdir, device=device, threads=threads)
+    batch = load_batch(manifest, output, workdir, device=device, threads=threads, model=model)
     given: dict[str, Path | str | int | None] = {
+        "model": model,  # a path is relative to the table
         "output": output and output.resolve(),
         "workdir": workdir and workdir.resolve(),
         "device": device,
         "threads": threads,
+        "disk-budget": disk_budget,
     }
     options = [w for k, v in given.items() if v is not None for w in (f"--{k}", str(v))]
     with messages():
         from tokenflow_batch import slurm
+        from tokenflow_batch.disk import parse_size
         from tokenflow_batch.sbatch import Resources
 
+        if disk_budget is not None:
+            parse_size(disk_budget)  # a mistake is told here rather than by every task
         resources = Resources(
             partition=partition,
             cpu_partition=cpu_partition,
+            cpu_account=cpu_account,
+            cpu_qos=cpu_qos,
+            cpu_time=cpu_time,
+            cpu_mem=cpu_mem,
+            cpu_cpus=cpu_cpus,
             account=account,
             qos=qos,
             constraint=constraint,
@@ -128,8 +162,9 @@ def _submit(
             setup=tuple(setup or ()),
             container=container,
             scratch=scratch,
+            extra=tuple(sbatch or ()),
         )
-        work = slurm.work_of(manifest, batch, options)
+        work = slurm.work_of(manifest, batch, options, logs)
         if dry_run:
             found = slurm.missing(batch, frozenset())
             _print_scripts(slurm.plan(resources, work, found))

@@ -43,6 +43,13 @@ OnlyOption = Annotated[
 ModelOption = Annotated[
     str | None, typer.Option(help="Model of a CSV table of (video, prompt) rows.")
 ]
+DiskBudgetOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="Remove intermediates of finished clips while the work folder is larger (20GB).",
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")]
 
 

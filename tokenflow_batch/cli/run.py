@@ -13,6 +13,7 @@ import typer
 
 from tokenflow_batch.cli.options import (
     DeviceOption,
+    DiskBudgetOption,
     JsonOption,
     ManifestArgument,
     ModelOption,
@@ -76,13 +77,7 @@ def _run(
     force: ForceOption = None,
     dry_run: DryRunOption = False,
     keep_going: KeepGoingOption = True,
-    disk_budget: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SIZE",
-            help="Remove intermediates of finished clips while the work folder is larger (20GB).",
-        ),
-    ] = None,
+    disk_budget: DiskBudgetOption = None,
     scratch: Annotated[
         Path | None,
         typer.Option(
