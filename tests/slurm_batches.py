@@ -26,12 +26,12 @@ LIMIT = 1800
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT"}
 
 
-def make_batch(folder, model, clips=CLIPS, frames=6):
+def make_batch(folder, model, clips=CLIPS, frames=6, **settings):
     """Clips of different lengths and a manifest in `folder`."""
     for more, entry in enumerate(clips):
         clip(folder / entry["video"], frames + more)
     found = [{**c, "video": c["video"].replace("[", "[[]")} for c in clips]
-    return write_manifest(folder, model, clips=found, **JOB)
+    return write_manifest(folder, model, clips=found, **JOB, **settings)
 
 
 @pytest.fixture

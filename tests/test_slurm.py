@@ -9,7 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from jobs import command, outcome, run, same
+from jobs import clip, command, outcome, run, same
 from slurm_batches import (
     CLIPS,
     finish,
@@ -26,8 +26,14 @@ from slurm_batches import (
 from slurm_cluster import ARRAY_SIZE, slurm
 from test_submit import RECORDED
 
+from tokenflow_batch.manifest import load
+from tokenflow_batch.status import status as read_status
+
 pytestmark = pytest.mark.slow
 __all__ = ["slurm", "submit"]
+
+LONG = {"window_segments": 4, "window_overlap": 1, "anchors": 2}
+"""Settings by which a clip of 48 frames, 16 segments, is edited in five windows."""
 
 
 def interrupt(slurm, manifest, job, limited):
@@ -98,6 +104,32 @@ def test_interrupted_in_every_way_it_ends_with_a_plain_runs_bits(
     assert sum("DUE TO PREEMPTION" in text for text in logs.values()) == 1
     _told_the_truth(samples)
     assert submit(manifest)["submitted"] == []
+    _same_as_a_plain_run(manifest, tmp_path / "plain")
+
+
+def test_a_broken_clip_holds_no_other_back_and_a_killed_process_is_started_again(
+    slurm, submit, tmp_path, tiny_model
+):
+    manifest = make_batch(tmp_path, tiny_model, CLIPS[:2])
+    (tmp_path / "two.mp4").write_bytes(b"no video")
+    said = submit(manifest, "--cpu-partition", "cpu", "--cpu-mem", "1G", "--logs", tmp_path / "l")
+    gpu, cpu = (job["job"] for job in said["submitted"])
+    wait_until(lambda: first_at_work(manifest) == 0, "a first commit")
+    os.kill(processes_of(manifest)["0"], signal.SIGKILL)
+    wait_until(lambda: restarts(slurm, gpu)[0], "it to be queued again")
+    finish(slurm, [gpu, cpu])
+    assert tasks(slurm, gpu) == {0: "COMPLETED", 1: "FAILED"}
+    assert tasks(slurm, cpu) == {0: "COMPLETED", 1: "CANCELLED"}
+    assert slurm.details(f"{cpu}_0")["MinMemoryNode"] == "1G"
+    assert slurm.details(f"{gpu}_1")["ExitCode"] == "4:0"
+    assert len(list((tmp_path / "l").glob(f"*-{gpu}_[01].log"))) == 2
+    rows = read_status(load(manifest))
+    assert [row.published for row in rows] == [True, True, False, False]
+    assert [row.error is None for row in rows] == [True, True, False, False]
+    clip(tmp_path / "two.mp4", 3)
+    (again,) = submit(manifest)["submitted"]
+    assert again["only"] == ["two/*"]
+    assert set(finish(slurm, [again["job"]]).values()) == {"COMPLETED"}
     _same_as_a_plain_run(manifest, tmp_path / "plain")
 
 
@@ -179,7 +211,7 @@ def test_one_clip_over_two_nodes_outlives_a_killed_process(
     slurm, submit, tmp_path, tiny_model, monkeypatch
 ):
     monkeypatch.setenv("TOKENFLOW_MASTER_ADDR", "127.0.0.1")
-    manifest = make_batch(tmp_path, tiny_model, CLIPS[:1], frames=16)
+    manifest = make_batch(tmp_path, tiny_model, CLIPS[:1], frames=48, **LONG)
     monkeypatch.setenv("NEAR", str(tmp_path / "near"))
     options = ["--multi-node", "2", "--time", "30", "--scratch", "$NEAR/scratch"]
     (said,) = submit(manifest, *options)["submitted"]
