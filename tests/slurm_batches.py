@@ -66,11 +66,14 @@ def status(manifest):
 
 
 def units(manifest):
-    """What the ledger holds, counted here: clip/edit → units of each stage."""
+    """What the ledger holds, looked up here: clip/edit → (units, whether complete) by stage."""
     jobs = load(manifest).jobs
+    folders = {
+        job.name: [folder_of(manifest, stage, n) for stage in STAGES] for n, job in enumerate(jobs)
+    }
     return {
-        job.name: [sum(1 for _ in folder_of(manifest, stage, n).units()) for stage in STAGES]
-        for n, job in enumerate(jobs)
+        name: [(sum(1 for _ in one.units()), one.complete) for one in found]
+        for name, found in folders.items()
     }
 
 
@@ -79,7 +82,8 @@ def sampled(manifest):
     before, told, after = units(manifest), status(manifest), units(manifest)
     for job, (stages, published) in told.items():
         for least, stage, most in zip(before[job], stages, after[job], strict=True):
-            assert least <= stage["units"] <= most
+            assert least[0] <= stage["units"] <= most[0]
+            assert least[1] <= (stage["state"] == "done") <= most[1]
         if published:
             assert (manifest.parent / "out" / f"{job}.mp4").is_file()
     return told
@@ -130,6 +134,14 @@ def finish(slurm, jobs, sample=lambda: None):
                 slurm.release(task)
         time.sleep(2)
     raise AssertionError(f"not done after {LIMIT} s: {states}")
+
+
+def start_again(slurm, task):
+    """Let a task that is queued again begin: not in the second in which it ended."""
+    wait_until(lambda: slurm.details(task).get("Reason") == "BeginTime", f"{task} to wait")
+    time.sleep(3)
+    slurm.release(task)
+    wait_until(lambda: slurm.details(task)["JobState"] == "RUNNING", f"{task} to run again")
 
 
 def first_at_work(manifest):

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -10,6 +11,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 from jobs import EDIT, clip, outcome, run, same, write_manifest
 from test_resume import assert_kept, committed
 from torch.distributed import HashStore
@@ -216,3 +218,29 @@ def test_damage_is_mended_by_two_processes(alone, tmp_path, tiny_model):
     assert status == 0, said
     assert "computed again" in said
     assert_same(manifest, alone)
+
+
+@pytest.mark.slow
+def test_processors_of_two_types_do_not_mix_their_bits(tmp_path, tiny_model):
+    if torch.backends.cpu.get_cpu_capability() == "DEFAULT":
+        pytest.skip("this processor has no vector instructions to leave out")
+    manifest = batch(tmp_path / "job", tiny_model)
+    with socket.socket() as port:
+        port.bind(("127.0.0.1", 0))
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port.getsockname()[1])}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tokenflow_batch", "run", str(manifest)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, **where, "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", **own},
+        )
+        for rank, own in (("0", {}), ("1", {"ATEN_CPU_CAPABILITY": "default"}))
+    ]
+    for process in processes:
+        code, said = finish(process)
+        assert code == 10, said
+        assert "processes 0 and 1 of this launch would give different bits (device: " in said
+        assert "Traceback" not in said
+    assert not list(manifest.parent.glob("out/.work/*/*/commits/*"))

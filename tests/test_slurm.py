@@ -9,7 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from jobs import clip, command, outcome, run, same
+from jobs import SETTINGS, clip, command, outcome, run, same
 from slurm_batches import (
     CLIPS,
     finish,
@@ -19,8 +19,10 @@ from slurm_batches import (
     processes_of,
     restarts,
     sampled,
+    start_again,
     submit,
     tasks,
+    units,
     wait_until,
 )
 from slurm_cluster import ARRAY_SIZE, slurm
@@ -28,6 +30,7 @@ from test_submit import RECORDED
 
 from tokenflow_batch.manifest import load
 from tokenflow_batch.status import status as read_status
+from tokenflow_batch.tokenflow.windows import Layout
 
 pytestmark = pytest.mark.slow
 __all__ = ["slurm", "submit"]
@@ -211,15 +214,24 @@ def test_one_clip_over_two_nodes_outlives_a_killed_process(
     slurm, submit, tmp_path, tiny_model, monkeypatch
 ):
     monkeypatch.setenv("TOKENFLOW_MASTER_ADDR", "127.0.0.1")
+    assert len(Layout.plan(48, SETTINGS["segment_length"], size=4, overlap=1).windows) == 5
     manifest = make_batch(tmp_path, tiny_model, CLIPS[:1], frames=48, **LONG)
     monkeypatch.setenv("NEAR", str(tmp_path / "near"))
     options = ["--multi-node", "2", "--time", "30", "--scratch", "$NEAR/scratch"]
     (said,) = submit(manifest, *options)["submitted"]
+    task = f"{said['job']}_0"
     wait_until(lambda: first_at_work(manifest) == 0, "a first commit")
     os.kill(processes_of(manifest, "RANK")["1"], signal.SIGKILL)
-    wait_until(lambda: restarts(slurm, said["job"])[0] >= 1, "the job to be queued again")
+    wait_until(lambda: restarts(slurm, said["job"])[0] == 1, "the job to be queued again")
     left = [p for p in (tmp_path / "near" / "scratch").iterdir() if p.is_dir()]
     assert len(left) == 1  # the killed one's
+    before = units(manifest)
+    start_again(slurm, task)
+    wait_until(lambda: units(manifest) != before, "more commits")
+    slurm("scancel", "--batch", "--signal=TERM", task)  # as at a time limit
+    wait_until(lambda: restarts(slurm, said["job"])[0] == 2, "the job to be queued again")
+    assert "stopped by SIGTERM" in log(manifest, said["job"], 0)
+    assert not all(row.published for row in read_status(load(manifest)))
     assert set(finish(slurm, [said["job"]]).values()) == {"COMPLETED"}
     assert not [p for p in (tmp_path / "near" / "scratch").iterdir() if p.is_dir()]
     _same_as_a_plain_run(manifest, tmp_path / "plain")

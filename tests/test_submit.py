@@ -3,6 +3,7 @@
 After a change on purpose: `python tests/test_submit.py` records anew; read the difference.
 """
 
+import os
 import shutil
 import subprocess
 import sys
@@ -115,6 +116,29 @@ def test_shellcheck_has_nothing_to_say_of_our_own_scripts(path):
         check=False,
     )
     assert (answer.returncode, answer.stdout) == (0, "")
+
+
+def several_gpus(*arguments, path=None, **more):
+    here = str(Path(sys.executable).parent)
+    return subprocess.run(
+        [shutil.which("bash"), SCRIPTS / "multi_gpu.sh", *map(str, arguments)],
+        env={"PATH": f"{here}:{os.environ['PATH']}" if path is None else str(path), **more},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_mistakes_with_several_gpus_are_told(tmp_path):
+    answer = several_gpus()
+    assert (answer.returncode, "usage: " in answer.stderr) == (2, True)
+    (tmp_path / "tr").symlink_to(shutil.which("tr"))  # and no nvidia-smi
+    answer = several_gpus("m.yaml", path=tmp_path)
+    assert (answer.returncode, "no GPUs found: name them" in answer.stderr) == (2, True)
+    answer = several_gpus(tmp_path / "no.yaml", GPUS="0 1")
+    assert answer.returncode == 2
+    assert "no.yaml" in answer.stderr
+    assert "Traceback" not in answer.stderr
 
 
 @pytest.mark.parametrize(

@@ -113,6 +113,15 @@ class Team:
             raise revived(found["error"], found["message"], found["hint"])
         return found["value"]
 
+    def gather(self, name: str, value: Any) -> list[Any]:
+        """What every process of the team tells under `name`, by rank; waits for all of them."""
+        if self.size == 1:
+            return [value]
+        names = [f"{name}/{rank}" for rank in range(self.size)]
+        self.put(names[self.rank], value)
+        self.wait(lambda: all(self.get(each) is not None for each in names))
+        return [self.get(each) for each in names]
+
     def count(self, name: str, by: int = 0) -> int:
         """Add to a number that begins at 0; what it is then."""
         return int(self._store.add(self._key("count", name), by))

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from tokenflow_batch.config import Batch, Job
 from tokenflow_batch.disk import keep_within, warn_if_over
 from tokenflow_batch.distributed import Team
-from tokenflow_batch.errors import MissingInput
+from tokenflow_batch.errors import LaunchError, MissingInput
 from tokenflow_batch.inputs import Inputs
 from tokenflow_batch.joblog import JobLog
 from tokenflow_batch.ledger import COMPLETE
@@ -90,7 +90,11 @@ class Runner:
         Returns:
             What became of the jobs that were begun, in the manifest's order; the same in every
             process of a team.
+
+        Raises:
+            LaunchError: the team's processes would give different bits.
         """
+        self._check_team()
         try:
             results = self._rounds(stages, force, keep_going, disk_budget)
         finally:
@@ -98,6 +102,19 @@ class Runner:
         if disk_budget is not None and self.team.leads:
             warn_if_over(self.inputs, disk_budget)
         return results
+
+    def _check_team(self) -> None:
+        """Processes that share stages must compute alike; each stage's record speaks for all."""
+        first, *others = self.team.gather("numerics", self.compute.numerics())
+        for rank, other in enumerate(others, 1):
+            names = [name for name in first | other if first.get(name) != other.get(name)]
+            if names:
+                self.team.close()
+                differ = "; ".join(f"{n}: {first.get(n)!r}, {other.get(n)!r}" for n in names)
+                raise LaunchError(
+                    f"processes 0 and {rank} of this launch would give different bits ({differ})",
+                    hint="start it on devices of one type and with one installation",
+                )
 
     def _rounds(
         self,

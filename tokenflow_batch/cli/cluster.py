@@ -38,9 +38,9 @@ def register(app: typer.Typer) -> None:
     app.command("fetch")(_fetch)
 
 
-def _fetch(manifest: ManifestArgument) -> None:
+def _fetch(manifest: ManifestArgument, model: ModelOption = None) -> None:
     """Bring a manifest's model into the local cache, for machines without a network."""
-    batch = load_batch(manifest)
+    batch = load_batch(manifest, model=model)
     with messages():
         from tokenflow_batch.model_files import locate
 
@@ -194,10 +194,14 @@ def _say(found: Missing, done: list[Submission], as_json: bool) -> None:
         return
     names = {"all": "all stages", "gpu": "encode to edit", "cpu": "render and report"}
     for one in done:
-        typer.echo(f"job {one.job}: {names[one.array.part]} of {len(one.array.patterns)} clips")
+        typer.echo(f"job {one.job}: {names[one.array.part]} of {_clips(len(one.array.patterns))}")
     if not done:
         typer.echo("nothing to submit")
     if len({(one.array.part, one.after is None) for one in done}) < len(done):
         longest = max(len(one.array.patterns) for one in done)
         typer.echo(f"in several arrays: this cluster takes at most {longest} tasks in one")
-    typer.echo(f"{found.complete} clips are complete, {len(found.queued)} in the queue already")
+    typer.echo(f"complete: {_clips(found.complete)}; in the queue already: {len(found.queued)}")
+
+
+def _clips(number: int) -> str:
+    return f"{number} clip{'' if number == 1 else 's'}"
