@@ -41,6 +41,7 @@ FULL = Resources(
     cpus=2,
     cpu_account="film",
     cpu_qos="short",
+    cpu_constraint="ib",
     cpu_time="90:00",
     cpu_mem="2G",
     cpu_cpus=1,

@@ -34,7 +34,8 @@ class Resources:
     Attributes:
         partition, account, qos, constraint, time, mem, cpus: as sbatch takes them.
         cpu_partition: where `render` and `report` run, in an array of their own.
-        cpu_account, cpu_qos, cpu_time, cpu_mem, cpu_cpus: what differs there from the GPU stages.
+        cpu_account, cpu_qos, cpu_constraint, cpu_time, cpu_mem, cpu_cpus: what differs there from
+            the GPU stages.
         gpus: GPUs of a job on each of its nodes, as `NUMBER` or `TYPE:NUMBER`.
         nodes: nodes of a job; more than one shares each clip among them.
         throttle: at most so many tasks at once.
@@ -49,6 +50,7 @@ class Resources:
     cpu_partition: str | None = None
     cpu_account: str | None = None
     cpu_qos: str | None = None
+    cpu_constraint: str | None = None
     cpu_time: str | None = None
     cpu_mem: str | None = None
     cpu_cpus: int | None = None
@@ -86,8 +88,8 @@ class Resources:
                 raise ManifestError(
                     f"--sbatch {option!r} is no option of sbatch", hint="such as --exclude=n7"
                 )
-        there = ("cpu_account", "cpu_qos", "cpu_time", "cpu_mem", "cpu_cpus")
-        given = [name for name in there if getattr(self, name) is not None]
+        there = ("account", "qos", "constraint", "time", "mem", "cpus")
+        given = [f"cpu_{name}" for name in there if getattr(self, f"cpu_{name}") is not None]
         if self.cpu_partition is None and given:
             raise ManifestError(
                 f"--{given[0].replace('_', '-')} is for the jobs of --cpu-partition",
@@ -102,7 +104,7 @@ class Resources:
             partition=self.cpu_partition,
             account=self.cpu_account or self.account,
             qos=self.cpu_qos or self.qos,
-            constraint=None,
+            constraint=self.cpu_constraint,
             time=self.cpu_time or self.time,
             mem=self.cpu_mem or self.mem,
             cpus=self.cpu_cpus or self.cpus,

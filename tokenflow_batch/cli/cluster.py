@@ -68,6 +68,7 @@ def _submit(
     ] = None,
     cpu_account: Annotated[Text, _option("--cpu-account", "Who pays there.", "NAME")] = None,
     cpu_qos: Annotated[Text, _option("--cpu-qos", "Quality of service there.", "NAME")] = None,
+    cpu_constraint: Annotated[Text, _option("--cpu-constraint", "Kind of node.", "TEXT")] = None,
     cpu_time: Annotated[Text, _option("--cpu-time", "Limit of a task there.", "TIME")] = None,
     cpu_mem: Annotated[Text, _option("--cpu-mem", "Memory of a task there.", "SIZE")] = None,
     cpu_cpus: Annotated[
@@ -146,6 +147,7 @@ def _submit(
             cpu_partition=cpu_partition,
             cpu_account=cpu_account,
             cpu_qos=cpu_qos,
+            cpu_constraint=cpu_constraint,
             cpu_time=cpu_time,
             cpu_mem=cpu_mem,
             cpu_cpus=cpu_cpus,
