@@ -351,7 +351,7 @@ def _command(r: Resources, work: Work, array: Array, *, launched: bool) -> str:
     here = '--machine_rank "$SLURM_NODEID" --main_process_ip "$0" -m tokenflow_batch "$@"'
     return (
         "# shellcheck disable=SC2016 # each node expands it\n"
-        # Slurm 22.05 and later give a step one core if it isn't told.
+        # Since Slurm 22.05 srun doesn't take this number from the job.
         f"srun --kill-on-bad-exit=1{cores} bash -c \\\n"
         f"  {shlex.quote(f'{first}exec {inside}{launch} {here}')} \\\n"
         f'  "$address" {arguments}'
