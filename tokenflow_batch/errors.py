@@ -12,7 +12,7 @@ TokenflowBatchError           1   anything below; also "several jobs failed for 
 ├── DiskFullError             7   no space left where the work folder or the output is
 ├── OutOfMemoryError          8   the device or the host has too little memory for the settings
 ├── LockedError               9   another process is at work on the same stage of the same clip
-└── LaunchError              10   the processes of a launch don't find each other, or compute differently
+└── LaunchError              10   the processes of a launch don't find each other, or differ
 
 Stopped by SIGINT or SIGTERM, the command line exits with 130 or 143.
 
