@@ -68,7 +68,8 @@ def _report(context: StageContext, folder: StageFolder) -> None:
     metrics["seams"] = _seams(clip, clip.layout(context.settings), looks)
     with replacing(folder.files / METRICS) as path:
         path.write_text(json.dumps(metrics, indent=1) + "\n", "utf-8")
-    facts = {"frames": clip.frames, "seconds": time.perf_counter() - began}
+    seconds = time.perf_counter() - began
+    facts = {"frames": clip.frames, "seconds": seconds, **folder.lap.take()}
     folder.commit(REPORT, [folder.files / name for name in (METRICS, SHEET, SIDE_BY_SIDE)], facts)
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenflow_batch.ahead import ahead
+from tokenflow_batch.clock import measured
 from tokenflow_batch.tokenflow.attention import Hooks
 from tokenflow_batch.tokenflow.correspondence import Backend
 from tokenflow_batch.tokenflow.ddim import noise_from_prediction
@@ -57,9 +58,10 @@ class Denoiser:
         embeds = embeds_NTE.to(self.device, self.dtype).expand(len(x_NChw), -1, -1)
         self.rows += len(x_NChw)
         timestep = torch.tensor(t, device=self.device)
-        predicted: Any = self.unet(
-            x_NChw.to(self.dtype), timestep, encoder_hidden_states=embeds, return_dict=False
-        )[0]
+        with measured("unet"):
+            predicted: Any = self.unet(
+                x_NChw.to(self.dtype), timestep, encoder_hidden_states=embeds, return_dict=False
+            )[0]
         kind = "epsilon" if raw else self.prediction_type
         return noise_from_prediction(predicted.float(), x_NChw, alpha, kind)
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokenflow_batch.clock import measured
 from tokenflow_batch.tokenflow.attention import (
     AttentionBackend,
     attend,
@@ -208,6 +209,7 @@ class PropagationPass:
         self.inject_conv, self.stored_conv_NChw = inject_conv, stored_conv_NChw
         self.stored_index, self.matching = stored_index, matching
 
+    @measured("correspondence")
     def self_attention(
         self,
         site: Site,
