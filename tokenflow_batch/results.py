@@ -8,7 +8,6 @@ import shutil
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -163,22 +162,6 @@ def longest_first(jobs: Sequence[Job]) -> list[Job]:
             return 0
 
     return sorted(jobs, key=size, reverse=True)
-
-
-def groups(jobs: Sequence[Job], together: int, processes: int) -> list[list[Job]]:
-    """Jobs of one clip that a process takes at once, to edit them side by side.
-
-    Args:
-        jobs: those of a clip one after the other.
-        together: how many at most.
-        processes: among which a clip's jobs are shared out evenly.
-    """
-    found = []
-    for _, of_clip in groupby(jobs, key=lambda job: job.clip):
-        clip = list(of_clip)
-        size = min(together, -(-len(clip) // processes))
-        found += [clip[i : i + size] for i in range(0, len(clip), size)]
-    return found
 
 
 def mendable(outcome: Outcome) -> bool:

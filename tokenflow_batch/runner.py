@@ -24,7 +24,6 @@ from tokenflow_batch.results import (
     JobResult,
     Outcome,
     failure,
-    groups,
     longest_first,
     mendable,
     outcome_of,
@@ -37,7 +36,7 @@ from tokenflow_batch.stages.base import Beside, Progress, StageContext, clear_sc
 from tokenflow_batch.stages.memory import MemoryUse
 from tokenflow_batch.stages.sharing import JobOver, NothingToDo, Sharing
 from tokenflow_batch.store import Reads
-from tokenflow_batch.turns import Turns, all_turns, side_by_side
+from tokenflow_batch.turns import Turns, all_turns, groups, side_by_side
 
 log = logging.getLogger("tokenflow_batch")
 
@@ -153,7 +152,7 @@ class Runner:
     ) -> dict[str, Outcome]:
         """Everybody works until every job has an outcome, good or bad, or is not to be begun."""
         together = self.batch.runtime.edits_together if keep_going else 1
-        for group in groups(jobs, together, self.team.size):
+        for group in groups(jobs, lambda job: job.clip, together, self.team.size):
             if self.team.claim(f"job/{group[0].name}"):
                 for part in self._different(group):
                     self._attempt_all(part, stages, keep_going=keep_going)

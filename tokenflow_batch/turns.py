@@ -7,7 +7,8 @@ and one that begins further back (it was killed earlier) catches up first.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
+from itertools import groupby
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -38,6 +39,25 @@ def side_by_side(pieces: Sequence[Turns[T]]) -> list[T]:
         for piece in pieces:
             piece.close()
     return [results[index] for index in range(len(pieces))]
+
+
+def groups(
+    jobs: Sequence[T], clip: Callable[[T], str], together: int, processes: int = 1
+) -> list[list[T]]:
+    """Jobs of one clip that a process takes at once, to edit them side by side.
+
+    Args:
+        jobs: those of a clip one after the other.
+        clip: what each is of.
+        together: how many at most.
+        processes: among which a clip's jobs are shared out evenly.
+    """
+    found = []
+    for _, of_clip in groupby(jobs, key=clip):
+        every = list(of_clip)
+        size = min(together, -(-len(every) // processes))
+        found += [every[i : i + size] for i in range(0, len(every), size)]
+    return found
 
 
 def all_turns(piece: Turns[T]) -> T:

@@ -259,7 +259,7 @@ class _Editing:
 
     def _window(self, step: int, window: Window, drawn: Sequence[int]) -> None:
         moment = self.layout.moment(self.settings.mode.neighbours, drawn, window)
-        rows, began = self.denoiser.rows, time.perf_counter()
+        rows, flops, began = self.denoiser.rows, self.denoiser.flops, time.perf_counter()
         context = self.inputs.context
         # For a window only: other edits, with other sites, may have the next turn.
         with tokenflow_hooks(
@@ -281,7 +281,11 @@ class _Editing:
         padded = noise.new_zeros(self.store.specs["noise"].frames, *noise.shape[1:])
         offset = moment.frames.start - window.start
         padded[offset : offset + len(noise)] = noise
-        facts = {"rows": self.denoiser.rows - rows, "seconds": time.perf_counter() - began}
+        facts = {
+            "rows": self.denoiser.rows - rows,
+            "flops": self.denoiser.flops - flops,
+            "seconds": time.perf_counter() - began,
+        }
         self.store.write((step, window.index, 0), {"noise": padded.numpy()}, facts)
 
     def _advance(
