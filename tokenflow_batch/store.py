@@ -103,6 +103,7 @@ class ArrayStore:
     def __init__(self, stage: StageFolder, specs: Mapping[str, ArraySpec]) -> None:
         self.stage, self.specs = stage, dict(specs)
         self._root = stage.files / "data.zarr"
+        self._fresh: dict[tuple[str, Block], Array] = {}
         stage.check(LAYOUT)
         # A runtime setting of zarr, taken when an array is opened; without it a block of zeros
         # would never become a file.
@@ -146,7 +147,9 @@ class ArrayStore:
             raise ValueError(f"arrays of one unit belong together, got {sorted(values)}")
         unit = unit_name(kinds.pop(), block)
         told = {**(facts or {}), **self.stage.lap.take()}
-        self.stage.commit_behind(unit, lambda: self._write(unit, block, values, told))
+        kept = {n: v.astype(self.specs[n].dtype, copy=False) for n, v in values.items()}
+        self._fresh = {(name, block): data for name, data in kept.items()}
+        self.stage.commit_behind(unit, lambda: self._write(unit, block, kept, told))
 
     def _write(
         self, unit: str, block: Block, values: Mapping[str, Array], facts: Mapping[str, Any]
@@ -155,8 +158,7 @@ class ArrayStore:
         for name, data in values.items():
             file = self._file(name, block)
             file.unlink(missing_ok=True)  # zarr would merge what a killed process left
-            where, dtype = self._where(name, block), self.specs[name].dtype
-            self._arrays[name][where] = data.astype(dtype, copy=False)
+            self._arrays[name][self._where(name, block)] = data
             files.append(file)
 
         def told() -> dict[str, Any]:  # once all but the record is written
@@ -175,6 +177,8 @@ class ArrayStore:
     def read(self, name: str, block: Block, frames: Sequence[int] | range | None = None) -> Array:
         """Read frames of one leading position, checking the units they lie in.
 
+        The unit written last is not read back: it is still there, whether it is behind or not.
+
         Args:
             name: the array.
             block: leading coordinates without the frame axis, such as (step,).
@@ -188,8 +192,12 @@ class ArrayStore:
         """
         spec = self.specs[name]
         wanted = np.arange(spec.frames) if frames is None else np.asarray(frames, dtype=np.int64)
+        units = {int(f) // spec.block_frames for f in wanted}
+        fresh = self._fresh.get((name, (*block, *units))) if len(units) == 1 else None
+        if fresh is not None:
+            return np.asarray(fresh[wanted % spec.block_frames])
         with waiting(), measured("store"):
-            for index in sorted({int(f) // spec.block_frames for f in wanted}):
+            for index in sorted(units):
                 self.stage.check(unit_name(spec.unit, (*block, index)))
             picked = self._arrays[name].oindex[(*block, wanted)]
         return np.asarray(picked).reshape(len(wanted), *spec.tail)

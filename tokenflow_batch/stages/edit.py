@@ -83,6 +83,7 @@ class Edit(Stage):
         with context.progress("edit", (s.steps - first) * clip.frames) as advance:
             for step in range(first, s.steps):
                 yield from work.step(step, s, sampler, advance)
+            work.tidy()
 
 
 def _anchored(context: StageContext, folder: StageFolder, clip: Clip) -> Layout:
@@ -220,7 +221,7 @@ class _Inputs:
 
 @dataclass
 class _Editing:
-    """One edit, a step at a time."""
+    """One edit, a step at a time; `over` is a step whose units can go."""
 
     clip: Clip
     layout: Layout
@@ -230,6 +231,7 @@ class _Editing:
     prompts: Prompts
     settings: EditSettings
     schedule: Schedule
+    over: int | None = None
 
     def step(self, step: int, s: Settings, sampler: Sampler, advance: Advance) -> Turns[None]:
         """Compute and commit a sampling step: windows, then advances; then drop what is over."""
@@ -247,11 +249,24 @@ class _Editing:
             advance(reached - told)
             told = reached
         yield step, len(windows)
+        self.tidy()
         sharing.all_there(folder, windows)
         chunks = {unit_name("advance", (step + 1, c.index)): c for c in self.clip.chunks}
         for chunk in sharing.share(folder, chunks):
             self._advance(step, chunk, drawn, s.first_step, sampler)
         advance(self.clip.frames - told)
+        self.over = step
+
+    def tidy(self) -> None:
+        """Drop what led to the latents that this step began with.
+
+        That must wait for the last of them to be written, so it is done late: once the next thing
+        to write is computed.
+        """
+        if self.over is None:
+            return
+        folder, sharing = self.store.stage, self.inputs.context.sharing
+        step, self.over = self.over, None
         with sharing.busy(folder):
             if sharing.mine(folder, f"drop-{step}"):
                 _drop_step(folder, step, self.layout.windows, self.clip)
@@ -277,6 +292,7 @@ class _Editing:
                 window=moment,
             )
         require_finite(noise, f"sampling step {step}, frames {window.start} to {window.stop}")
+        self.tidy()
         # Frames at its ends that belong to a neighbouring window alone stay 0.
         padded = noise.new_zeros(self.store.specs["noise"].frames, *noise.shape[1:])
         offset = moment.frames.start - window.start
