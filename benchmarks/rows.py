@@ -3,10 +3,10 @@
     python benchmarks/rows.py MANIFEST [--json FILE]
 
 The plan's side: the calls that `tokenflow_batch.plan` lists from settings and frame count, each
-weighed on the meta device (no arithmetic is done). The run's side: rows from the commit records,
-FLOPs counted by torch while the stages run, in a work folder of their own. They must be equal; the
-exit code says so. FLOPs are those inside UNet calls: convolutions, projections, attention, and in
-official mode, which searches correspondences on the way, that search.
+weighed on the meta device (no arithmetic is done). The run's side: rows and FLOPs from the commit
+records, and FLOPs counted by torch while the stages run, in a work folder of their own. They must
+all be equal; the exit code says so. FLOPs are those inside UNet calls: convolutions, projections,
+attention, and in official mode, which searches correspondences on the way, that search.
 """
 
 from __future__ import annotations
@@ -185,6 +185,7 @@ def measured(manifest: Path) -> Iterator[tuple[Job, VideoFacts, Model, Counts, S
                 found[stage] = {
                     "rows": int(totals.get("rows", 0)),
                     "flops": flops(),
+                    "recorded": int(totals.get("flops", 0)),
                     "retried_rows": int(totals.get("retried_rows", 0)),
                 }
             cuts = read_clip(runner.context(batch.jobs[0])).cuts
@@ -212,7 +213,9 @@ def compare(manifest: Path) -> list[dict[str, Any]]:
         for counts in run.values():
             # Frames whose inversion swings are retried: no plan can know them.
             counts["flops"] -= counts.pop("retried_rows") * one
+        recorded = {stage: counts.pop("recorded") for stage, counts in run.items()}
         equal = all(plan[stage] == run[stage] for stage in STAGES)
+        equal &= all(recorded[stage] == run[stage]["flops"] for stage in STAGES)
         stages = {stage: _stage(plan[stage], run[stage], facts.frames) for stage in STAGES}
         report.append({"job": job.name, "frames": facts.frames, "equal": equal, "stages": stages})
     return report

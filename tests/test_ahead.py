@@ -6,7 +6,8 @@ import time
 import numpy as np
 import pytest
 
-from tokenflow_batch.ahead import Behind, ahead, waited, waiting
+from tokenflow_batch.ahead import Behind, ahead
+from tokenflow_batch.clock import waited, waiting
 from tokenflow_batch.errors import DamagedUnit
 from tokenflow_batch.ledger import StageFolder
 from tokenflow_batch.store import ArraySpec, ArrayStore, unit_name

@@ -32,6 +32,7 @@ from video_files import TICK, VFR, frames_of, make, packets_of
 from tokenflow_batch.manifest import load as load_manifest
 from tokenflow_batch.model_files import locate
 from tokenflow_batch.models import load
+from tokenflow_batch.plan import row_counts
 from tokenflow_batch.stage_names import STAGES
 from tokenflow_batch.status import status
 from tokenflow_batch.store import ArrayStore
@@ -56,6 +57,32 @@ def manifest(done, tmp_path):
 
 
 # -- what comes out --------------------------------------------------------------------------
+
+
+def test_report_tells_what_each_stage_has_cost(manifest):
+    done = command("report", manifest, "--json")
+    assert done.exit_code == 0, done.output
+    work = json.loads(done.stdout)["jobs"][0]["work"]
+    assert work.pop("frames") == 9
+    assert list(work) == list(STAGES)
+    planned = row_counts(load_manifest(manifest).jobs[0].settings, 9)
+    assert {stage: work[stage]["unet_rows"] for stage in planned} == planned
+    for stage, told in work.items():
+        rows, seconds = told["unet_rows"], told["seconds"]
+        assert told["unet_rows_per_frame"] == rows / 9
+        assert (told["gflop_per_frame"] > 0) == (seconds["unet"] > 0) == (rows > 0)
+        assert 0 <= told["waited_share"] < 1
+        assert 0 <= told["waited_seconds"] < told["elapsed_seconds"]
+        assert (seconds["video"] > 0) == (stage in ("encode", "render", "report"))
+        assert (seconds["vae"] > 0) == (stage in ("encode", "render"))
+        assert (seconds["attention"] > 0) == (stage == "edit")
+        assert (seconds["correspondence"] > 0) == (stage in ("match", "edit"))
+        assert (seconds["store"] > 0) == (stage != "report")
+    table = command("report", manifest).stdout.splitlines()
+    head = next(n for n, line in enumerate(table) if "GFLOP/frame" in line)
+    assert [line.split()[0] for line in table[head + 1 : head + 7]] == list(STAGES)
+    edit = table[head + 4].split()
+    assert edit[1:3] == [str(planned["edit"]), f"{planned['edit'] / 9:.1f}"]
 
 
 @pytest.mark.parametrize("frames", [1, 7, 8, 9, 17])
@@ -94,6 +121,8 @@ def test_every_frame_comes_out_at_its_time_whatever_their_number(tmp_path, tiny_
     assert metrics["frames"] == frames
     assert (metrics["warp_error"]["edited"] is None) == (frames == 1)
     assert metrics["unet_rows"]["invert"] == 2 * 2 * frames
+    assert metrics["work"]["invert"]["unet_rows_per_frame"] == 2 * 2
+    assert metrics["work"]["edit"]["gflop_per_frame"] > 0
 
 
 def test_frames_whose_inversion_does_not_converge_are_retried_and_named(

@@ -1,46 +1,20 @@
 """Reads ahead and writes behind, in threads, so that the model doesn't wait for the disk.
 
-Both are bounded: memory is that of a few items more. `waited` is the clock of what is left: the
-seconds that a thread has stood still for reading or writing.
+Both are bounded: memory is that of a few items more. What is left of waiting is counted
+(`clock.waiting`): the seconds that a thread has stood still for reading or writing.
 """
 
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from queue import Empty, Queue
 from typing import TypeVar
 
+from tokenflow_batch.clock import waiting
+
 T = TypeVar("T")
-
-
-class _Clock(threading.local):
-    seconds = 0.0
-    depth = 0
-
-
-_clock = _Clock()
-
-
-def waited() -> float:
-    """Seconds that the calling thread has waited so far; differences count, as of any clock."""
-    return _clock.seconds
-
-
-@contextmanager
-def waiting() -> Iterator[None]:
-    """What happens inside counts as waiting, once if nested."""
-    began = time.perf_counter()
-    _clock.depth += 1
-    try:
-        yield
-    finally:
-        _clock.depth -= 1
-        if _clock.depth == 0:
-            _clock.seconds += time.perf_counter() - began
 
 
 def ahead(items: Iterable[T], depth: int) -> Iterator[T]:

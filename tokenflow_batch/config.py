@@ -53,6 +53,9 @@ class Runtime(Frozen):
     threads: int = Field(2, ge=1, le=1024, description="CPU threads of every process")
     attention: Literal["auto", "sdpa", "xformers"] = "auto"
     correspondence: Literal["auto", "faiss", "torch"] = "auto"
+    edits_together: int = Field(
+        16, ge=1, le=1000, description="edits of a clip that go side by side, on one reading of it"
+    )
 
 
 class Settings(Frozen):

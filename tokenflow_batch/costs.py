@@ -8,7 +8,13 @@ from functools import cached_property
 from operator import attrgetter
 from typing import Any
 
-from tokenflow_batch.arrays import edit_arrays, encode_arrays, invert_arrays, match_arrays
+from tokenflow_batch.arrays import (
+    Specs,
+    edit_arrays,
+    encode_arrays,
+    invert_arrays,
+    match_arrays,
+)
 from tokenflow_batch.config import Job, Settings
 from tokenflow_batch.footprint import Peaks, largest_batches, largest_window, predicted
 from tokenflow_batch.geometry import Fit, plan_geometry
@@ -102,9 +108,31 @@ class JobSizes:
             self._bytes[stage] = getattr(self, f"_{stage}")()
         return work, self._seconds(stage, work, keys), *self._bytes[stage]
 
-    def peak(self, stage: StageName, keys: Keys) -> int | None:
-        """Bytes of the device at once, None where nothing is known."""
-        return predicted(self._peaks(stage, keys), stage, self._batches[stage] * self._area)
+    def peak(self, stage: StageName, keys: Keys, *, beside: bool = False) -> int | None:
+        """Bytes of the device at once, None where nothing is known.
+
+        Args:
+            stage: which.
+            keys: of the job.
+            beside: whether several edits of the clip go side by side.
+        """
+        peaks = self._peaks(stage, keys)
+        peak = predicted(peaks, stage, self._batches[stage] * self._area)
+        on_host = any(p.device == "cpu" for p in peaks.get(stage, ()))
+        held = self.held_beside if beside and on_host and stage == "edit" else 0
+        return None if peak is None else peak + held
+
+    @property
+    def held_beside(self) -> int:
+        """Bytes of the host that edits side by side hold at most: a window's reads of the source.
+
+        What is stored of its frames, its keyframes and its anchors, as it is stored.
+        """
+        layout = layout_of(self.settings, self.clip.frames, self.clip.cuts)
+        once = max(len(w) + len(w.segments) for w in layout.windows) + len(layout.anchors)
+        (clean,) = encode_arrays(*self._grid, self._frame_shape, self.known.dtype).values()
+        specs = (clean, *self._matched.values())
+        return once * sum(spec.frame_bytes for spec in specs)
 
     def window(self, keys: Keys, budget: int) -> int | None:
         """The largest `window_segments` within so many bytes, None where there is none."""
@@ -175,18 +203,25 @@ class JobSizes:
         return kept * step + records, 2 * step if s.inversion_steps > s.steps else 0
 
     def _match(self) -> tuple[int, int]:
-        s = self.settings
-        if not MODES[s.mode].stored_source:
+        s, specs = self.settings, self._matched
+        if not specs:
             return STAGE_FILES, 0
-        shape, hw = self.known.shape, self._frame_shape[1:]
-        conv = shape.conv_shape(hw, s.conv_site)
-        specs = match_arrays(s.steps, *self._grid, shape.tokens(hw), conv, self.stored_conv_steps)
         total = 0
         for name, spec in specs.items():
             ratio = self.known.measured.ratio.get(name) if spec.compress else 1.0
             self.known.guess(ratio)
             total += spec.stored_bytes(ratio=RATIO if ratio is None else ratio)
         return total + _records(s.steps * self._chunks, len(specs)), 0
+
+    @property
+    def _matched(self) -> Specs:
+        """What `match` stores."""
+        s = self.settings
+        if not MODES[s.mode].stored_source:
+            return {}
+        shape, hw = self.known.shape, self._frame_shape[1:]
+        conv = shape.conv_shape(hw, s.conv_site)
+        return match_arrays(s.steps, *self._grid, shape.tokens(hw), conv, self.stored_conv_steps)
 
     def _edit(self) -> tuple[int, int]:
         s = self.settings

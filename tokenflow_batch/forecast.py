@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -25,6 +26,7 @@ from tokenflow_batch.model_shape import ModelShape
 from tokenflow_batch.ranges import part_frames
 from tokenflow_batch.stage_names import STAGES, StageName
 from tokenflow_batch.status import Looking, StageStatus, needed_again
+from tokenflow_batch.turns import groups
 
 State = Literal["done", "freed", "shared", "begun", "again", "to do"]
 """`freed`: done, its data removed since to keep the disk budget; `again`: so, but needed again."""
@@ -76,6 +78,7 @@ class Forecast:
         guessed: whether some sizes were not measured.
         memory: bytes of the device that may be used; None where that is unknown.
         window: the most segments a window may have within a memory budget, where one was given.
+        together: how many edits of a clip go side by side.
     """
 
     jobs: list[JobCost]
@@ -83,6 +86,7 @@ class Forecast:
     guessed: bool
     memory: int | None = None
     window: int | None = None
+    together: int = 1
 
     @cached_property
     def bytes(self) -> int:
@@ -93,8 +97,16 @@ class Forecast:
     @cached_property
     def scratch(self) -> int:
         """The most that is needed for a while on top of it."""
-        found = (stage.scratch for job in self.jobs for stage in job.stages.values())
-        return max(found, default=0)
+        return max(map(self._for_a_while, STAGES))
+
+    def _for_a_while(self, stage: StageName) -> int:
+        """The most that a stage needs for a while; edits side by side need it at once."""
+        at_once = self.together if stage == "edit" else 1
+        sums = (
+            sum(job.stages[stage].scratch for job in group if job.stages)
+            for group in groups(self.jobs, lambda job: job.job.clip, at_once)
+        )
+        return max(sums, default=0)
 
     @property
     def fits(self) -> bool:
@@ -125,7 +137,7 @@ class Forecast:
             sum(c.rows for c in costs),
             sum(known) if len(known) == len(costs) else None,
             sum(c.bytes for c in costs),
-            max((c.scratch for c in costs), default=0),
+            self._for_a_while(stage),
             peak=None if any(c.peak is None for c in costs) else _largest(costs),
         )
 
@@ -153,7 +165,8 @@ def forecast(batch: Batch, memory: int | None = None) -> Forecast:
     free = free_bytes(inputs.workspace.work)
     window = min((n or 0 for n in counting.windows), default=0) or None
     bytes_there = memory or counting.known.measured.device_bytes
-    return Forecast(jobs, free, counting.known.guessed, bytes_there, window)
+    together = batch.runtime.edits_together
+    return Forecast(jobs, free, counting.known.guessed, bytes_there, window, together)
 
 
 def free_bytes(path: Path) -> int:
@@ -172,6 +185,7 @@ class _Counting:
         self.known = Known(ModelShape.of(inputs.model), measured, _float_dtype(inputs.batch))
         self.headers = FileMemory(inputs.workspace.headers)
         self.windows: list[int | None] = []
+        self._edits = Counter(job.clip for job in inputs.batch.jobs)
         self._budget = budget
         self._new_headers = False
         self._taken: set[str] = set()
@@ -199,7 +213,11 @@ class _Counting:
             self.windows.append(counted.window(keys, self._budget))
         found = {stage: self._looking.at(stage, keys[stage].key) for stage in STAGES}
         again = needed_again({stage: now.state for stage, now in found.items()})
-        stages = {s: self._stage(counted, s, keys, found[s], again=s in again) for s in STAGES}
+        beside = self.inputs.batch.runtime.edits_together > 1 and self._edits[job.clip] > 1
+        stages = {
+            s: self._stage(counted, s, keys, found[s], again=s in again, beside=beside)
+            for s in STAGES
+        }
         published = sum(stages[stage].bytes for stage in ("render", "report"))
         return JobCost(job, clip, counted.working, stages, published)
 
@@ -213,7 +231,14 @@ class _Counting:
         return StageFolder(self.workspace.stage(stage, key), stage, key)
 
     def _stage(
-        self, counted: JobSizes, stage: StageName, keys: Keys, now: StageStatus, *, again: bool
+        self,
+        counted: JobSizes,
+        stage: StageName,
+        keys: Keys,
+        now: StageStatus,
+        *,
+        again: bool,
+        beside: bool,
     ) -> StageCost:
         key = keys[stage].key
         if key in self._taken:
@@ -223,7 +248,7 @@ class _Counting:
         self._taken.add(key)
         if now.state == "done":
             return StageCost("done", key=key)
-        cost, peak = counted.cost(stage, keys), counted.peak(stage, keys)
+        cost, peak = counted.cost(stage, keys), counted.peak(stage, keys, beside=beside)
         if again or not now.units:
             return StageCost("again" if again else "to do", *cost, key, peak)
         folder = self._folder(stage, key)

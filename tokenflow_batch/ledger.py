@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenflow_batch.ahead import Behind
+from tokenflow_batch.clock import Lap
 from tokenflow_batch.errors import DamagedUnit, NumericsMismatch, StoreError
 from tokenflow_batch.files import digest, digest_json, fsync, write_json
 from tokenflow_batch.scratch import Copies
@@ -72,6 +73,7 @@ class StageFolder:
     Attributes:
         files: where the files of units are written and read; the folder itself unless `near` is
             given.
+        lap: seconds since the unit before, for the next record.
     """
 
     def __init__(self, folder: Path, stage: str, key: str, near: Path | None = None) -> None:
@@ -81,6 +83,7 @@ class StageFolder:
         self._commits = folder / "commits"
         self._checked: set[str] = set()
         self._behind = Behind()
+        self.lap = Lap()
 
     # -- units -------------------------------------------------------------------------------
 
@@ -118,11 +121,15 @@ class StageFolder:
         return record is not None and not record.dropped
 
     def commit(
-        self, unit: str, files: Iterable[Path], facts: Mapping[str, Any] | None = None
+        self,
+        unit: str,
+        files: Iterable[Path],
+        facts: Mapping[str, Any] | Callable[[], Mapping[str, Any]] | None = None,
     ) -> None:
         """Declare a unit done: flush its files, then their folders, then write the record.
 
-        Files in scratch are copied to the folder first.
+        Files in scratch are copied to the folder first. Facts that are a function are asked for
+        last.
         """
         written = sorted(files)
         paths = self._copies.bring_back(unit, written) if self._copies else written
@@ -131,7 +138,8 @@ class StageFolder:
         for folder in sorted(self._folders(paths), key=lambda p: -len(p.parts)):
             fsync(folder)
         listed = {str(p.relative_to(self.files)): (p.stat().st_size, digest(p)) for p in written}
-        write_json(self._record_path(unit), Record(listed, dict(facts or {})).to_json())
+        told = facts() if callable(facts) else facts
+        write_json(self._record_path(unit), Record(listed, dict(told or {})).to_json())
         self._checked.add(unit)
 
     def commit_behind(self, unit: str, work: Callable[[], None]) -> None:
@@ -262,9 +270,9 @@ class StageFolder:
         self._checked.clear()
 
     def totals(self) -> dict[str, float]:
-        """Numeric facts summed over all units (rows, seconds)."""
+        """Numeric facts summed over all units (rows, seconds), and the stage's last words."""
         sums: dict[str, float] = {}
-        for unit in self.units():
+        for unit in (*self.units(), COMPLETE):
             record = self.record(unit)
             for name, value in (record.facts if record else {}).items():
                 if isinstance(value, int | float) and not isinstance(value, bool):
@@ -288,6 +296,7 @@ class StageFolder:
             self.files.mkdir(parents=True, exist_ok=True)
         except (NotADirectoryError, FileExistsError, PermissionError) as error:
             raise StoreError(f"{self.folder}: can't be used as a work folder: {error}") from None
+        self.lap = Lap()
         path = self.folder / "numerics.json"
         begun = next(self.units(), None) is not None
         if begun:

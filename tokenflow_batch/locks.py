@@ -52,8 +52,8 @@ class StageLocks:
         try:
             yield
         except BaseException:
-            if self._team.size == 1:
-                self.release()
+            if self._team.size == 1 and path in self._held:
+                self._held.pop(path).release()
             raise
         if path in self._held:
             self._held.pop(path).release()

@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from tokenflow_batch.clock import measured, use_marks
 from tokenflow_batch.config import Runtime
 from tokenflow_batch.errors import ModelError
 from tokenflow_batch.model_files import ModelFiles
@@ -94,11 +95,18 @@ def resolve(runtime: Runtime, local_rank: int = 0) -> Compute:
     if kind == "auto":
         kind = "fp16" if device.type == "cuda" else "fp32"
     set_threads(runtime.threads)
+    use_marks(_cuda_mark if device.type == "cuda" else None)
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.benchmark = False  # it picks kernels by timing: other bits each run
     torch.backends.cudnn.deterministic = True
     return Compute(device, _DTYPES[kind], runtime.threads, attention, matching)
+
+
+def _cuda_mark() -> torch.cuda.Event:
+    mark = torch.cuda.Event(enable_timing=True)
+    mark.record()
+    return mark
 
 
 def set_threads(threads: int) -> None:
@@ -170,6 +178,7 @@ class Model:
             raise ModelError("a noise schedule with zero terminal signal is not supported")
         return Schedule(tuple(timesteps), tuple(alphas), float(scheduler.final_alpha_cumprod))
 
+    @measured("vae")
     @torch.no_grad()
     def encode(self, frames: NDArray[np.uint8]) -> Tensor:
         """Posterior means times the scaling factor: (N, H, W, 3) uint8 → (N, C, h, w) float32."""
@@ -178,6 +187,7 @@ class Model:
         mean: Tensor = self._vae.encode(x_NCHW).latent_dist.mean
         return (mean.float() * self._vae.config.scaling_factor).cpu()
 
+    @measured("vae")
     @torch.no_grad()
     def decode(self, latents_NChw: Tensor) -> NDArray[np.uint8]:
         """(N, C, h, w) → (N, H, W, 3) uint8."""

@@ -8,11 +8,12 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 
 from tokenflow_batch.config import Batch, Job
 from tokenflow_batch.disk import keep_within, warn_if_over
 from tokenflow_batch.distributed import Team
-from tokenflow_batch.errors import LaunchError, MissingInput
+from tokenflow_batch.errors import LaunchError, MissingInput, VideoError
 from tokenflow_batch.inputs import Inputs
 from tokenflow_batch.joblog import JobLog
 from tokenflow_batch.ledger import COMPLETE
@@ -31,9 +32,11 @@ from tokenflow_batch.results import (
 )
 from tokenflow_batch.stage_names import STAGES, StageName
 from tokenflow_batch.stages import IMPLEMENTATIONS
-from tokenflow_batch.stages.base import Progress, StageContext
+from tokenflow_batch.stages.base import Beside, Progress, StageContext, clear_scratch
 from tokenflow_batch.stages.memory import MemoryUse
 from tokenflow_batch.stages.sharing import JobOver, NothingToDo, Sharing
+from tokenflow_batch.store import Reads
+from tokenflow_batch.turns import Turns, all_turns, groups, side_by_side
 
 log = logging.getLogger("tokenflow_batch")
 
@@ -165,13 +168,11 @@ class Runner:
         disk_budget: int | None,
     ) -> dict[str, Outcome]:
         """Everybody works until every job has an outcome, good or bad, or is not to be begun."""
-        for job in jobs:
-            if self.team.claim(f"job/{job.name}"):
-                stop = self.team.get("stop") is not None
-                outcome = {} if stop else self._attempt(job, stages)
-                if outcome.get("error") and not keep_going and not mendable(outcome):
-                    self.team.put("stop", job.name)
-                self.team.put(f"outcome/{job.name}", outcome)
+        together = self.batch.runtime.edits_together if keep_going else 1
+        for group in groups(jobs, lambda job: job.clip, together, self.team.size):
+            if self.team.claim(f"job/{group[0].name}"):
+                for part in self._different(group):
+                    self._attempt_all(part, stages, keep_going=keep_going)
                 if disk_budget is not None:
                     keep_within(self.inputs, disk_budget)
         while True:
@@ -185,16 +186,47 @@ class Runner:
         told = {job.name: self.team.get(f"outcome/{job.name}") for job in jobs}
         return {name: outcome for name, outcome in told.items() if outcome}
 
-    def _attempt(self, job: Job, stages: Sequence[StageName]) -> Outcome:
+    def _different(self, jobs: Sequence[Job]) -> list[list[Job]]:
+        """Jobs of a clip parted so that no two of a part are the same edit."""
+        parts: list[dict[str, Job]] = []
+        for job in jobs:
+            key = job.name
+            with suppress(VideoError):  # which the job will meet again, and tell
+                key = self.inputs.keys(job)["edit"].key
+            fitting = next((part for part in parts if key not in part), None)
+            if fitting is None:
+                parts.append(fitting := {})
+            fitting[key] = job
+        return [list(part.values()) for part in parts]
+
+    def _attempt_all(
+        self, jobs: Sequence[Job], stages: Sequence[StageName], *, keep_going: bool
+    ) -> None:
+        """See jobs of one clip through, side by side; everybody is told how each ended."""
+        beside = Beside(reads=Reads() if len(jobs) > 1 else None)
+        with suppress(VideoError):
+            clear_scratch(self.inputs.workspace, [self.inputs.keys(job) for job in jobs])
+
+        def attempt(job: Job) -> Turns[None]:
+            stop = self.team.get("stop") is not None
+            outcome = {} if stop else (yield from self._attempt(job, stages, beside))
+            if outcome.get("error") and not keep_going and not mendable(outcome):
+                self.team.put("stop", job.name)
+            self.team.put(f"outcome/{job.name}", outcome)
+
+        side_by_side([attempt(job) for job in jobs])
+
+    def _attempt(self, job: Job, stages: Sequence[StageName], beside: Beside) -> Turns[Outcome]:
         """See a job of one's own through; never raises what the batch should survive."""
         result, workspace = JobResult(job), self.inputs.workspace
         trouble = f"trouble/{job.name}"
         sharing = Sharing(self.team, over=lambda: self.team.get(trouble) is not None)
         try:
-            context = self.context(job, sharing)
-            context.clear_scratch()
-            for stage in stages:
-                self._stage(context, stage, result)
+            context = self.context(job, sharing, beside)
+            for index, stage in enumerate(stages):
+                yield (index,)  # so no stage of one job comes between two turns of another's
+                for place in self._stage(context, stage, result):
+                    yield (index, *place)
                 publish(context, stage, result)
         except JobOver as over:  # another process has failed in what this one waited for
             why = over.told or self.team.get(trouble) or {}
@@ -216,11 +248,11 @@ class Runner:
 
         try:
             context = self.context(job, Sharing(self.team, over, patience))
-            context.clear_scratch()
+            clear_scratch(self.inputs.workspace, [context.keys])
             for stage in stages:
                 if over():
                     return
-                self._stage(context, stage, JobResult(job))
+                all_turns(self._stage(context, stage, JobResult(job)))
         except NothingToDo:
             return
         except JobOver:
@@ -274,7 +306,7 @@ class Runner:
             self._log(job).warn(f"{job.name}: {outcome['message']}; {what} computed again")
         return True
 
-    def _stage(self, context: StageContext, stage: StageName, result: JobResult) -> None:
+    def _stage(self, context: StageContext, stage: StageName, result: JobResult) -> Turns[None]:
         implementation, folder = IMPLEMENTATIONS[stage], context.folder(stage)
         if folder.complete:
             result.skipped.append(stage)
@@ -289,10 +321,10 @@ class Runner:
                 )
         with self._locks.shared(stage, folder.key, context.job.name):
             if not folder.complete:  # another run may have finished it meanwhile
-                self._work(context, stage)
+                yield from self._work(context, stage)
         result.ran.append(stage)
 
-    def _work(self, context: StageContext, stage: StageName) -> None:
+    def _work(self, context: StageContext, stage: StageName) -> Turns[None]:
         folder, sharing = context.folder(stage), context.sharing
         told, once = self._log(context.job), f"{context.job.name}/{stage}"
         if self.team.claim(f"begin/{once}"):  # helpers come and go
@@ -301,7 +333,7 @@ class Runner:
         folder.open(context.keys[stage].described, self.compute.numerics())
         used = MemoryUse(self.compute.device, folder)
         try:
-            self._share(context, stage, used)
+            yield from self._share(context, stage, used)
         except (JobOver, NothingToDo):
             raise
         except Exception as error:
@@ -316,13 +348,20 @@ class Runner:
             rows = folder.totals().get("rows", 0)
             told.event("stage finished", stage=stage, seconds=seconds, rows=rows)
 
-    def _share(self, context: StageContext, stage: StageName, used: MemoryUse) -> None:
+    def _share(self, context: StageContext, stage: StageName, used: MemoryUse) -> Turns[None]:
         """Do this process's part of a stage."""
         folder, sharing = context.folder(stage), context.sharing
         try:
-            IMPLEMENTATIONS[stage].run(context, folder)
+            for place in IMPLEMENTATIONS[stage].turns(context, folder):
+                with folder.lap.paused():  # others' turns
+                    yield place
             sharing.quiet(folder)
-            sharing.once(folder, COMPLETE, lambda: folder.finish(used.facts(context, stage)))
+            folder.settle()  # its waiting is part of the stage
+            sharing.once(
+                folder,
+                COMPLETE,
+                lambda: folder.finish({**used.facts(context, stage), **folder.lap.take()}),
+            )
         except (JobOver, NothingToDo):
             folder.settle()  # others wait for what is behind: if it fails, that is an error
             raise
@@ -338,12 +377,15 @@ class Runner:
             self._model = load(self.inputs.model, self.compute)
         return self._model
 
-    def context(self, job: Job, sharing: Sharing | None = None) -> StageContext:
+    def context(
+        self, job: Job, sharing: Sharing | None = None, beside: Beside | None = None
+    ) -> StageContext:
         """What the job's stages work with; also the way to their results.
 
         Args:
             job: which.
             sharing: this process's part in it; all of it unless given.
+            beside: what it has in common with jobs that it takes turns with.
 
         Raises:
             VideoError: the video can't be read.
@@ -357,6 +399,7 @@ class Runner:
             progress=lambda what, total: self.progress(f"{job.name} {what}", total),
             warn=self._log(job).warn,
             sharing=sharing or Sharing(Team()),
+            beside=beside or Beside(),
         )
 
     def _log(self, job: Job) -> JobLog:

@@ -9,7 +9,9 @@ carry a CRC-32C each. Reads go through the ledger: the unit is compared with its
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import threading
+import time
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,8 +21,8 @@ import zarr
 from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
-from tokenflow_batch.ahead import waited, waiting
 from tokenflow_batch.arrays import ArraySpec
+from tokenflow_batch.clock import measured, waiting
 from tokenflow_batch.ledger import StageFolder
 
 LAYOUT = "layout"
@@ -55,13 +57,53 @@ def unit_name(kind: str, block: Block) -> str:
     return "-".join([kind, *(f"{i:05d}" for i in block)])
 
 
+class Reads:
+    """What was read at one place of the work, for others that come to the same place.
+
+    It holds what one step of one window reads of the source: as much as the window is long, however
+    long the clip.
+
+    Attributes:
+        largest: the most bytes that it has held.
+        saved: bytes that were not read again.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # reads run ahead in threads
+        self._place: Hashable = None
+        self._held: dict[Hashable, Array] = {}
+        self._bytes = self.largest = self.saved = 0
+
+    def at(self, place: Hashable) -> None:
+        """From now on the work is there; what was read for another place goes."""
+        with self._lock:
+            if place != self._place:
+                self._place, self._bytes = place, 0
+                self._held.clear()
+
+    def get(self, what: Hashable, read: Callable[[], Array]) -> Array:
+        """What `read` gives, read once at a place; nobody may change it."""
+        with self._lock:
+            found = self._held.get(what)
+            if found is not None:
+                self.saved += found.nbytes
+                return found
+        data = read()
+        with self._lock:
+            if what not in self._held:
+                self._held[what] = data
+                self._bytes += data.nbytes
+                self.largest = max(self.largest, self._bytes)
+        return data
+
+
 class ArrayStore:
     """The arrays of one stage folder: made by `create` (the stage itself) or `open` (readers)."""
 
     def __init__(self, stage: StageFolder, specs: Mapping[str, ArraySpec]) -> None:
         self.stage, self.specs = stage, dict(specs)
         self._root = stage.files / "data.zarr"
-        self._waited = waited()
+        self._fresh: dict[tuple[str, Block], Array] = {}
         stage.check(LAYOUT)
         # A runtime setting of zarr, taken when an array is opened; without it a block of zeros
         # would never become a file.
@@ -97,31 +139,45 @@ class ArrayStore:
             block: shard coordinates, the same in every array.
             values: array name → data of the block's frames, (frames, *tail); left alone from now
                 on, as they are written while the next unit is computed.
-            facts: for the record, to which `waited` is added: seconds that the caller has waited
-                for the disk since the unit before.
+            facts: for the record, to which the seconds since the unit before are added
+                (`clock.Lap`); those of writing this one are among its own `store`.
         """
         kinds = {self.specs[name].unit for name in values}
         if len(kinds) != 1:
             raise ValueError(f"arrays of one unit belong together, got {sorted(values)}")
-        unit, idle = unit_name(kinds.pop(), block), waited()
-        told = {**(facts or {}), "waited": round(idle - self._waited, 6)}
-        self._waited = idle
-        self.stage.commit_behind(unit, lambda: self._write(unit, block, values, told))
+        unit = unit_name(kinds.pop(), block)
+        told = {**(facts or {}), **self.stage.lap.take()}
+        kept = {n: v.astype(self.specs[n].dtype, copy=False) for n, v in values.items()}
+        self._fresh = {(name, block): data for name, data in kept.items()}
+        self.stage.commit_behind(unit, lambda: self._write(unit, block, kept, told))
 
     def _write(
         self, unit: str, block: Block, values: Mapping[str, Array], facts: Mapping[str, Any]
     ) -> None:
-        files = []
+        began, files = time.perf_counter(), []
         for name, data in values.items():
             file = self._file(name, block)
             file.unlink(missing_ok=True)  # zarr would merge what a killed process left
-            where, dtype = self._where(name, block), self.specs[name].dtype
-            self._arrays[name][where] = data.astype(dtype, copy=False)
+            self._arrays[name][self._where(name, block)] = data
             files.append(file)
-        self.stage.commit(unit, files, facts)
+
+        def told() -> dict[str, Any]:  # once all but the record is written
+            took = facts.get("store", 0.0) + time.perf_counter() - began
+            return {**facts, "store": round(took, 6)}
+
+        self.stage.commit(unit, files, told)
+
+    def shared(self, reads: Reads | None, name: str, block: Block, frames: Sequence[int]) -> Array:
+        """`read`, once for all that share `reads`; to be left as it is."""
+        if reads is None:
+            return self.read(name, block, frames)
+        what = (self.stage.stage, self.stage.key, name, block, tuple(frames))
+        return reads.get(what, lambda: self.read(name, block, frames))
 
     def read(self, name: str, block: Block, frames: Sequence[int] | range | None = None) -> Array:
         """Read frames of one leading position, checking the units they lie in.
+
+        The unit written last is not read back: it is still there, whether it is behind or not.
 
         Args:
             name: the array.
@@ -136,8 +192,12 @@ class ArrayStore:
         """
         spec = self.specs[name]
         wanted = np.arange(spec.frames) if frames is None else np.asarray(frames, dtype=np.int64)
-        with waiting():
-            for index in sorted({int(f) // spec.block_frames for f in wanted}):
+        units = {int(f) // spec.block_frames for f in wanted}
+        fresh = self._fresh.get((name, (*block, *units))) if len(units) == 1 else None
+        if fresh is not None:
+            return np.asarray(fresh[wanted % spec.block_frames])
+        with waiting(), measured("store"):
+            for index in sorted(units):
                 self.stage.check(unit_name(spec.unit, (*block, index)))
             picked = self._arrays[name].oindex[(*block, wanted)]
         return np.asarray(picked).reshape(len(wanted), *spec.tail)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +26,8 @@ from tokenflow_batch.cli.options import (
     stage_name,
     stage_range,
 )
+from tokenflow_batch.cli.work import Costs, costs, show
+from tokenflow_batch.cli.work import as_json as work_json
 from tokenflow_batch.stage_names import STAGES, StageName
 
 if TYPE_CHECKING:
@@ -180,10 +182,11 @@ def run_or_tell(
         team.close()
         if not team.leads:
             raise typer.Exit
+    found = costs(runner, results) if tuple(stages) == ("report",) else {}
     if as_json:
-        typer.echo(json.dumps({"jobs": [_as_json(r) for r in results]}, indent=1))
+        typer.echo(json.dumps({"jobs": [_as_json(r, found) for r in results]}, indent=1))
     else:
-        _print(results)
+        _print(results, found)
     failed = sum(r.error is not None for r in results)
     if failed and not as_json:
         typer.echo(f"{failed} of {len(batch.jobs)} jobs failed", err=True)
@@ -193,8 +196,9 @@ def run_or_tell(
     raise typer.Exit(exit_code(results))
 
 
-def _as_json(result: JobResult) -> dict[str, object]:
+def _as_json(result: JobResult, found: Mapping[str, Costs]) -> dict[str, object]:
     error = result.error
+    work = {"work": work_json(found[result.job.name])} if result.job.name in found else {}
     return {
         "clip": result.job.clip,
         "edit": result.job.edit,
@@ -202,16 +206,19 @@ def _as_json(result: JobResult) -> dict[str, object]:
         "skipped": result.skipped,
         "outputs": [str(path) for path in result.outputs],
         "error": error and {"message": error.message, "code": error.exit_code},
+        **work,
     }
 
 
-def _print(results: Sequence[JobResult]) -> None:
+def _print(results: Sequence[JobResult], found: Mapping[str, Costs]) -> None:
     for r in results:
         if r.error is None:
             done = f"ran {', '.join(r.ran)}" if r.ran else "nothing to do"
             typer.echo(f"{r.job.name}: {done}")
             for path in r.outputs:
                 typer.echo(f"  {path}")
+            if r.job.name in found:
+                show(found[r.job.name])
 
 
 def _tell(

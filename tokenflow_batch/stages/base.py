@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -18,13 +18,34 @@ from tokenflow_batch.paths import Workspace
 from tokenflow_batch.scratch import keep_only
 from tokenflow_batch.stage_names import STAGE_INPUTS, StageName
 from tokenflow_batch.stages.sharing import Sharing
-from tokenflow_batch.store import LAYOUT, ArrayStore, lay_out
+from tokenflow_batch.store import LAYOUT, ArrayStore, Reads, lay_out
+from tokenflow_batch.turns import Turns
 
 Advance = Callable[[int], None]
 """Tells a progress bar that so many frames (times steps) are done."""
 
 Progress = Callable[[str, int], AbstractContextManager[Advance]]
 """(what, total) → a progress bar."""
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What jobs that take turns in a process have in common.
+
+    Attributes:
+        folders: of stages; each remembers which of its units were checked.
+        reads: stored data of the source at the place where the jobs are; None for a job alone.
+    """
+
+    folders: dict[tuple[StageName, str], StageFolder] = field(default_factory=dict, repr=False)
+    reads: Reads | None = None
+
+
+def clear_scratch(workspace: Workspace, jobs: Collection[Mapping[StageName, StageKey]]) -> None:
+    """Have scratch hold no files from now on but of jobs with these keys."""
+    if workspace.scratch is not None:
+        own = {workspace.near(stage, key.key) for keys in jobs for stage, key in keys.items()}
+        keep_only(workspace.scratch, own)
 
 
 @dataclass(frozen=True)
@@ -40,6 +61,7 @@ class StageContext:
         progress: makes a progress bar.
         warn: tells the user something that doesn't stop the job.
         sharing: this process's part in the job.
+        beside: what it has in common with jobs that it takes turns with.
     """
 
     job: Job
@@ -50,7 +72,7 @@ class StageContext:
     progress: Progress
     warn: Callable[[str], None]
     sharing: Sharing = field(default_factory=lambda: Sharing(Team()))
-    _folders: dict[StageName, StageFolder] = field(default_factory=dict, repr=False)
+    beside: Beside = field(default_factory=lambda: Beside())
 
     @property
     def settings(self) -> Settings:
@@ -60,18 +82,12 @@ class StageContext:
     def folder(self, stage: StageName) -> StageFolder:
         """The folder of one of the job's stages; it remembers which units were checked."""
         key = self.keys[stage].key
-        return self._folders.setdefault(
-            stage,
-            StageFolder(
-                self.workspace.stage(stage, key), stage, key, self.workspace.near(stage, key)
-            ),
-        )
-
-    def clear_scratch(self) -> None:
-        """Have scratch hold no other job's files from now on."""
-        if self.workspace.scratch is not None:
-            own = {self.workspace.near(stage, key.key) for stage, key in self.keys.items()}
-            keep_only(self.workspace.scratch, own)
+        found = self.beside.folders.get((stage, key))
+        if found is None:
+            near = self.workspace.near(stage, key)
+            found = StageFolder(self.workspace.stage(stage, key), stage, key, near)
+            self.beside.folders[stage, key] = found
+        return found
 
     def store(self, folder: StageFolder, specs: Mapping[str, ArraySpec]) -> ArrayStore:
         """A stage's own arrays, laid out if they aren't yet."""
@@ -105,3 +121,8 @@ class Stage(ABC):
         Raises:
             TokenflowBatchError: anything that the user should know.
         """
+
+    def turns(self, context: StageContext, folder: StageFolder) -> Turns[None]:
+        """`run` in turns with other jobs of the same clip; by default in a single one."""
+        self.run(context, folder)
+        yield from ()

@@ -17,7 +17,7 @@ from tokenflow_batch.geometry import Fit, Geometry, plan_geometry
 from tokenflow_batch.ledger import StageFolder
 from tokenflow_batch.plan import layout_of
 from tokenflow_batch.stages.base import StageContext
-from tokenflow_batch.store import ArrayStore
+from tokenflow_batch.store import ArrayStore, Reads
 from tokenflow_batch.tokenflow.ddim import Schedule
 from tokenflow_batch.tokenflow.keyframes import Segment, segments
 from tokenflow_batch.tokenflow.windows import Chunk, Layout, chunks
@@ -127,16 +127,22 @@ class CleanLatents:
 
 
 class InvertedLatents:
-    """Invert's latents at every sampling step."""
+    """Invert's latents at every sampling step, read together with others where `reads` is given."""
 
-    def __init__(self, folder: StageFolder, sampling: Schedule, inversion: Schedule) -> None:
-        self._store = ArrayStore.open(folder)
+    def __init__(
+        self,
+        folder: StageFolder,
+        sampling: Schedule,
+        inversion: Schedule,
+        reads: Reads | None = None,
+    ) -> None:
+        self._store, self._reads = ArrayStore.open(folder), reads
         ascending = {t: i for i, t in enumerate(reversed(inversion.timesteps))}
         self._position = [ascending[t] for t in sampling.timesteps]
 
     def read(self, step: int, frames: Sequence[int]) -> Tensor:
         """(N, C, h, w) float32 at sampling step `step`."""
-        data = self._store.read("latents", (self._position[step],), frames)
+        data = self._store.shared(self._reads, "latents", (self._position[step],), frames)
         return torch.from_numpy(data).float()
 
     def noisiest(self, frames: Sequence[int]) -> Tensor:

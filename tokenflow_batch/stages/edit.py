@@ -17,9 +17,9 @@ from tokenflow_batch.plan import guidance_of, injection_of
 from tokenflow_batch.stages.base import Advance, Stage, StageContext
 from tokenflow_batch.stages.clip import CleanLatents, Clip, InvertedLatents, read_clip
 from tokenflow_batch.stages.match import sites_by_tokens
-from tokenflow_batch.store import ArrayStore, unit_name
+from tokenflow_batch.store import Array, ArrayStore, unit_name
 from tokenflow_batch.tokenflow.anchors import look_of, spread_by_look
-from tokenflow_batch.tokenflow.attention import Hooks, tokenflow_hooks
+from tokenflow_batch.tokenflow.attention import tokenflow_hooks
 from tokenflow_batch.tokenflow.ddim import Schedule, renoise
 from tokenflow_batch.tokenflow.denoise import (
     Denoiser,
@@ -27,7 +27,7 @@ from tokenflow_batch.tokenflow.denoise import (
     Prompts,
     predict_window,
 )
-from tokenflow_batch.tokenflow.injection import Site
+from tokenflow_batch.tokenflow.injection import Site, attention_sites
 from tokenflow_batch.tokenflow.keyframes import draw_keyframes
 from tokenflow_batch.tokenflow.modes import MODES
 from tokenflow_batch.tokenflow.samplers import SAMPLERS, Sampler, State
@@ -37,6 +37,7 @@ from tokenflow_batch.tokenflow.windows import (
     Window,
     batches,
 )
+from tokenflow_batch.turns import Turns, all_turns
 
 ANCHORS = "anchors"
 
@@ -50,11 +51,20 @@ class Edit(Stage):
 
     def run(self, context: StageContext, folder: StageFolder) -> None:
         """See `Stage.run`."""
+        all_turns(self.turns(context, folder))
+
+    def turns(self, context: StageContext, folder: StageFolder) -> Turns[None]:
+        """See `Stage.turns`: a turn is a window, or all that ends a step.
+
+        Edits of a clip then read what is stored of the source once, each window of a step for all
+        of them. Each has UNet batches of its own, so its bits are those of an edit alone.
+        """
         s, clip, model = context.settings, read_clip(context), context.model()
         model.check_conv_site(s.conv_site)
         schedule = model.schedule(s.steps)
         inversion = model.schedule(s.inversion_steps)
-        source = InvertedLatents(context.folder("invert"), schedule, inversion)
+        reads = context.beside.reads
+        source = InvertedLatents(context.folder("invert"), schedule, inversion, reads)
         layout, sampler = _anchored(context, folder, clip), SAMPLERS[s.sampler]
         frame_shape = model.frame_shape(clip.geometry.working)
         size = (s.steps, clip.frames, clip.chunk_frames)
@@ -66,33 +76,14 @@ class Edit(Stage):
             folder, "first step", lambda: _resume_at(folder, clip, layout.windows, s)
         )
         denoiser = Denoiser(model.unet, model.prediction_type)
-        with (
-            tokenflow_hooks(model.unet, context.compute.attention, s.conv_site) as hooks,
-            context.progress("edit", (s.steps - first) * clip.frames) as advance,
-        ):
-            inputs = _Inputs(
-                context,
-                store,
-                source,
-                sampler,
-                schedule,
-                inversion,
-                hooks.sites,
-                frame_shape[1:],
-            )
-            work = _Editing(
-                clip,
-                layout,
-                store,
-                inputs,
-                denoiser,
-                hooks,
-                prompts,
-                _edit_settings(context, (frame_shape[1], frame_shape[2])),
-                schedule,
-            )
+        sites, latent_hw = attention_sites(model.unet), (frame_shape[1], frame_shape[2])
+        inputs = _Inputs(context, store, source, sampler, schedule, inversion, sites, latent_hw)
+        settings = _edit_settings(context, latent_hw)
+        work = _Editing(clip, layout, store, inputs, denoiser, prompts, settings, schedule)
+        with context.progress("edit", (s.steps - first) * clip.frames) as advance:
             for step in range(first, s.steps):
-                work.step(step, s, sampler, advance)
+                yield from work.step(step, s, sampler, advance)
+            work.tidy()
 
 
 def _anchored(context: StageContext, folder: StageFolder, clip: Clip) -> Layout:
@@ -179,6 +170,16 @@ class _Inputs:
         self._match = ArrayStore.open(self.context.folder("match")) if stored else None
         self._groups = sites_by_tokens(self.sites, self.latent_hw)
 
+    def at(self, step: int, part: Window | Chunk) -> None:
+        """Come to a window at a step, or to the chunk that it advances."""
+        self.step = step
+        if self.context.beside.reads is not None:
+            self.context.beside.reads.at((type(part), step, part.start, part.stop))
+
+    def _stored(self, name: str, frames: Sequence[int]) -> Array:
+        assert self._match is not None  # noqa: S101 - only asked for with a stored source
+        return self._match.shared(self.context.beside.reads, name, (self.step,), frames)
+
     def latents(self, frames: Sequence[int]) -> Tensor:
         """Edited latents before the step: the inverted ones at the first."""
         return self.state(frames).x
@@ -207,51 +208,65 @@ class _Inputs:
 
     def conv(self, frames: Sequence[int]) -> Tensor:
         """Stored convolution features."""
-        assert self._match is not None  # noqa: S101 - only asked for with a stored source
-        return torch.from_numpy(self._match.read("conv", (self.step,), frames))
+        return torch.from_numpy(self._stored("conv", frames))
 
     def correspondences(self, frames: Sequence[int]) -> list[Tensor]:
         """γ per site, (N, 2, L) int64."""
-        assert self._match is not None  # noqa: S101
         index: dict[int, Tensor] = {}
         for tokens, group in self._groups.items():
-            data = self._match.read(index_name(tokens), (self.step,), frames)
-            shared = torch.from_numpy(data.astype("int64"))
+            shared = torch.from_numpy(self._stored(index_name(tokens), frames).astype("int64"))
             index.update({site.index: shared for site in group})
         return [index[i] for i in range(len(index))]
 
 
 @dataclass
 class _Editing:
-    """One edit, a step at a time."""
+    """One edit, a step at a time; `over` is a step whose units can go."""
 
     clip: Clip
     layout: Layout
     store: ArrayStore
     inputs: _Inputs
     denoiser: Denoiser
-    hooks: Hooks
     prompts: Prompts
     settings: EditSettings
     schedule: Schedule
+    over: int | None = None
 
-    def step(self, step: int, s: Settings, sampler: Sampler, advance: Advance) -> None:
+    def step(self, step: int, s: Settings, sampler: Sampler, advance: Advance) -> Turns[None]:
         """Compute and commit a sampling step: windows, then advances; then drop what is over."""
-        folder, self.inputs.step = self.store.stage, step
-        sharing = self.inputs.context.sharing
+        folder, sharing = self.store.stage, self.inputs.context.sharing
         drawn = draw_keyframes(s.keyframe_seed, step, self.layout.segments)
         windows = {unit_name("window", (step, w.index, 0)): w for w in self.layout.windows}
         told = 0
-        for window in sharing.share(folder, windows):
-            self._window(step, window, drawn)
+        for name, window in windows.items():
+            yield step, window.index
+            self.inputs.at(step, window)
+            for _ in sharing.claimed(folder, {name: window}):
+                self._window(step, window, drawn)
             # Earlier ones are done or in work, by whomever.
             reached = self.clip.frames * (window.index + 1) // len(windows)
             advance(reached - told)
             told = reached
+        yield step, len(windows)
+        self.tidy()
+        sharing.all_there(folder, windows)
         chunks = {unit_name("advance", (step + 1, c.index)): c for c in self.clip.chunks}
         for chunk in sharing.share(folder, chunks):
             self._advance(step, chunk, drawn, s.first_step, sampler)
         advance(self.clip.frames - told)
+        self.over = step
+
+    def tidy(self) -> None:
+        """Drop what led to the latents that this step began with.
+
+        That must wait for the last of them to be written, so it is done late: once the next thing
+        to write is computed.
+        """
+        if self.over is None:
+            return
+        folder, sharing = self.store.stage, self.inputs.context.sharing
+        step, self.over = self.over, None
         with sharing.busy(folder):
             if sharing.mine(folder, f"drop-{step}"):
                 _drop_step(folder, step, self.layout.windows, self.clip)
@@ -259,29 +274,40 @@ class _Editing:
 
     def _window(self, step: int, window: Window, drawn: Sequence[int]) -> None:
         moment = self.layout.moment(self.settings.mode.neighbours, drawn, window)
-        rows, began = self.denoiser.rows, time.perf_counter()
-        noise = predict_window(
-            self.denoiser,
-            self.hooks,
-            self.inputs,
-            self.prompts,
-            self.settings,
-            step=step,
-            t=self.schedule.timesteps[step],
-            alpha=self.schedule.alphas[step],
-            window=moment,
-        )
+        rows, flops, began = self.denoiser.rows, self.denoiser.flops, time.perf_counter()
+        context = self.inputs.context
+        # For a window only: other edits, with other sites, may have the next turn.
+        with tokenflow_hooks(
+            self.denoiser.unet, context.compute.attention, context.settings.conv_site
+        ) as hooks:
+            noise = predict_window(
+                self.denoiser,
+                hooks,
+                self.inputs,
+                self.prompts,
+                self.settings,
+                step=step,
+                t=self.schedule.timesteps[step],
+                alpha=self.schedule.alphas[step],
+                window=moment,
+            )
         require_finite(noise, f"sampling step {step}, frames {window.start} to {window.stop}")
+        self.tidy()
         # Frames at its ends that belong to a neighbouring window alone stay 0.
         padded = noise.new_zeros(self.store.specs["noise"].frames, *noise.shape[1:])
         offset = moment.frames.start - window.start
         padded[offset : offset + len(noise)] = noise
-        facts = {"rows": self.denoiser.rows - rows, "seconds": time.perf_counter() - began}
+        facts = {
+            "rows": self.denoiser.rows - rows,
+            "flops": self.denoiser.flops - flops,
+            "seconds": time.perf_counter() - began,
+        }
         self.store.write((step, window.index, 0), {"noise": padded.numpy()}, facts)
 
     def _advance(
         self, step: int, chunk: Chunk, drawn: Sequence[int], first: int, sampler: Sampler
     ) -> None:
+        self.inputs.at(step, chunk)
         noise = self._blended(step, chunk, drawn)
         state = self.inputs.state(chunk.frames)
         after = sampler.step(self.schedule, step, first, state, noise)

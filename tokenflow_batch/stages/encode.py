@@ -82,7 +82,7 @@ def _probe(context: StageContext, folder: StageFolder) -> None:
     with replacing(folder.files / PTS_FILE) as path, path.open("wb") as file:
         np.save(file, facts.pts, allow_pickle=False)
     files = [folder.files / FACTS_FILE, folder.files / PTS_FILE]
-    folder.commit(PROBE, files, {"multiple": multiple})
+    folder.commit(PROBE, files, {"multiple": multiple, **folder.lap.take()})
 
 
 def _find_cuts(context: StageContext, folder: StageFolder, clip: Clip) -> None:
@@ -96,7 +96,8 @@ def _find_cuts(context: StageContext, folder: StageFolder, clip: Clip) -> None:
         cuts = find_cuts(told(), clip.facts.rate)
     with replacing(folder.files / CUTS_FILE) as path:
         path.write_text(json.dumps(cuts), "utf-8")
-    folder.commit(CUTS, [folder.files / CUTS_FILE], {"cuts": len(cuts)})
+    facts = {"cuts": len(cuts), **folder.lap.take()}
+    folder.commit(CUTS, [folder.files / CUTS_FILE], facts)
 
 
 def _frames_of(

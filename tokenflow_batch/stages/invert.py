@@ -129,11 +129,12 @@ class _Inversion:
         self.timesteps = schedule.timesteps[::-1]
         self.alphas = schedule.alphas[::-1]
         self.final_alpha = schedule.final_alpha
-        self.retried_rows = 0
+        self.retried_rows = self.retried_flops = 0
 
     def unit(self, i: int, chunk: Chunk) -> None:
         """Compute and commit inversion step `i` of `chunk`."""
-        rows, retried = self.denoiser.rows, self.retried_rows
+        rows, flops = self.denoiser.rows, self.denoiser.flops
+        retried, retried_flops = self.retried_rows, self.retried_flops
         began = time.perf_counter()
         parts = batches(chunk.frames, self.settings.unet_batch)
         done = [self._batch(i, *read) for read in ahead((self._read(i, b) for b in parts), 1)]
@@ -146,6 +147,7 @@ class _Inversion:
         retried = self.retried_rows - retried
         facts = {
             "rows": self.denoiser.rows - rows - retried,  # as planned
+            "flops": self.denoiser.flops - flops - (self.retried_flops - retried_flops),
             "retried_rows": retried,
             "seconds": time.perf_counter() - began,
         }
@@ -189,9 +191,10 @@ class _Inversion:
         for n in (~converged(found)).nonzero().flatten().tolist():
             # One frame at a time: its bits must not depend on which others had trouble.
             part = Inverted(found.x[n : n + 1], found.residual[n : n + 1])
-            before = self.denoiser.rows
+            rows, flops = self.denoiser.rows, self.denoiser.flops
             again = retry(noise, x[n : n + 1], part, t, alpha, alpha_t)
-            self.retried_rows += self.denoiser.rows - before
+            self.retried_rows += self.denoiser.rows - rows
+            self.retried_flops += self.denoiser.flops - flops
             found.x[n], found.residual[n] = again.x[0], again.residual[0]
         return found
 

@@ -66,9 +66,13 @@ class Match(Stage):
         ):
             work = _Matching(context, clip, source, sampling, denoiser, hooks, embed, latent_hw)
             for step, chunk in context.sharing.share(folder, units):
-                rows, began = denoiser.rows, time.perf_counter()
+                rows, flops, began = denoiser.rows, denoiser.flops, time.perf_counter()
                 values = work.unit(step, chunk, keep_conv=step < context.job.stored_conv_steps)
-                facts = {"rows": denoiser.rows - rows, "seconds": time.perf_counter() - began}
+                facts = {
+                    "rows": denoiser.rows - rows,
+                    "flops": denoiser.flops - flops,
+                    "seconds": time.perf_counter() - began,
+                }
                 store.write((step, chunk.index), values, facts)
                 advance(len(chunk))
 

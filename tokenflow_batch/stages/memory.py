@@ -48,12 +48,17 @@ class MemoryUse:
         return {
             "memory": {
                 "batch": rows * shape[1] * shape[2],
-                "peak": peak,
+                "peak": peak - self._shared(context),
                 "base": self._base,
                 "device": self._device.type,
                 "device_bytes": self._total(),
             }
         }
+
+    def _shared(self, context: StageContext) -> int:
+        """Bytes of the process that are there because of other edits beside this one."""
+        reads = context.beside.reads
+        return 0 if reads is None or self._device.type == "cuda" else reads.largest
 
     def _now(self) -> int:
         if self._device.type == "cuda":

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,7 +63,7 @@ def _join(context: StageContext, folder: StageFolder, clip: Clip, units: Iterabl
     output = folder.files / VIDEO_FILE
     for warning in join(segments, clip.facts, source, output):
         context.warn(f"{context.job.video}: {warning}")
-    folder.commit(VIDEO, [output])
+    folder.commit(VIDEO, [output], folder.lap.take())
 
 
 def _segment_path(folder: StageFolder, chunk: Chunk) -> Path:
@@ -91,9 +92,19 @@ def _render_segments(
                     encoding=Encoding(crf=context.settings.crf),
                     sample_aspect_ratio=undo.sample_aspect_ratio,
                 )
-            facts = {"frames": len(chunk), "seconds": time.perf_counter() - began}
-            folder.commit(unit_name("segment", (chunk.index,)), [path], facts)
+            seconds = time.perf_counter() - began
+            facts = {"frames": len(chunk), "seconds": seconds, **folder.lap.take()}
+            _commit_behind(folder, unit_name("segment", (chunk.index,)), path, facts)
             done = chunk.stop
+
+
+def _commit_behind(folder: StageFolder, unit: str, path: Path, facts: Mapping[str, Any]) -> None:
+    def commit() -> None:
+        began = time.perf_counter()
+        took = lambda: {**facts, "store": round(time.perf_counter() - began, 6)}  # noqa: E731
+        folder.commit(unit, [path], took)
+
+    folder.commit_behind(unit, commit)
 
 
 def _decoded(

@@ -23,6 +23,7 @@ from tokenflow_batch.stages.clip import Clip, read_clip
 from tokenflow_batch.stages.render import VIDEO, VIDEO_FILE
 from tokenflow_batch.tokenflow.windows import Layout
 from tokenflow_batch.video import Encoding, join, probe, read_frames, write_segment
+from tokenflow_batch.work import Work
 
 REPORT = "report"
 METRICS, SHEET, SIDE_BY_SIDE = "metrics.json", "contact_sheet.png", "side_by_side.mp4"
@@ -68,7 +69,8 @@ def _report(context: StageContext, folder: StageFolder) -> None:
     metrics["seams"] = _seams(clip, clip.layout(context.settings), looks)
     with replacing(folder.files / METRICS) as path:
         path.write_text(json.dumps(metrics, indent=1) + "\n", "utf-8")
-    facts = {"frames": clip.frames, "seconds": time.perf_counter() - began}
+    seconds = time.perf_counter() - began
+    facts = {"frames": clip.frames, "seconds": seconds, **folder.lap.take()}
     folder.commit(REPORT, [folder.files / name for name in (METRICS, SHEET, SIDE_BY_SIDE)], facts)
 
 
@@ -142,8 +144,9 @@ def _side_by_side(
 def _metrics(context: StageContext, clip: Clip, consistency: Consistency) -> dict[str, Any]:
     s, facts = context.settings, clip.facts
     totals = {stage: context.folder(stage).totals() for stage in STAGES[:-1]}
-    rows = {stage: int(t["rows"]) for stage, t in totals.items() if "rows" in t}
-    retried = int(totals["invert"].get("retried_rows", 0))  # unplanned: frames that swing
+    work = {stage: Work.of(context.folder(stage)) for stage in STAGES[:-1]}
+    rows = {stage: w.rows for stage, w in work.items() if w.rows is not None}
+    retried = work["invert"].retried_rows  # unplanned: frames that swing
     return {
         "frames": clip.frames,
         "shot_cuts": list(clip.cuts),
@@ -163,6 +166,7 @@ def _metrics(context: StageContext, clip: Clip, consistency: Consistency) -> dic
         "unet_rows_per_frame": {stage: n / clip.frames for stage, n in rows.items()},
         "unet_seconds": {k: round(t["seconds"], 3) for k, t in totals.items() if "rows" in t},
         "waited_seconds": {k: round(t["waited"], 3) for k, t in totals.items() if "waited" in t},
+        "work": {stage: w.to_json(clip.frames) for stage, w in work.items()},
         "numerics": json.loads(
             (context.folder("edit").folder / "numerics.json").read_text("utf-8")
         ),

@@ -69,6 +69,11 @@ class Sharing:
             JobOver: the job has ended elsewhere, or the stage has failed there.
             NothingToDo: the others take longer than this process's patience.
         """
+        yield from self.claimed(folder, units)
+        self.all_there(folder, units)
+
+    def claimed(self, folder: StageFolder, units: Mapping[str, T]) -> Iterator[T]:
+        """`share` without its end: what others have claimed may not be there yet."""
         for name, item in units.items():
             if folder.committed(name):
                 continue
@@ -76,6 +81,9 @@ class Sharing:
             if self.team.claim(_scoped(folder, name)):
                 self._owe(folder).add(name)
                 yield item
+
+    def all_there(self, folder: StageFolder, units: Iterable[str]) -> None:
+        """The end of `share`: return when all units are committed. It raises the same."""
         self._wait(folder, units, self.over, self.patience)
 
     def once(self, folder: StageFolder, unit: str, work: Callable[[], None]) -> None:

@@ -17,6 +17,7 @@ from typing import Any, Literal, Protocol, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from tokenflow_batch.clock import measured
 from tokenflow_batch.tokenflow.injection import CONV_SITE, Site, attention_sites, conv_module
 
 P = TypeVar("P", bound="Pass")
@@ -50,6 +51,7 @@ def _xformers_works() -> bool:
     return True
 
 
+@measured("attention")
 def attend(
     q_NHLD: Tensor, k_NHMD: Tensor, v_NHMD: Tensor, scale: float, backend: AttentionBackend
 ) -> Tensor:

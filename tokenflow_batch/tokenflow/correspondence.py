@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tokenflow_batch.clock import measured
 from tokenflow_batch.tokenflow.keyframes import Neighbours
 
 Backend = Literal["faiss", "torch"]
@@ -55,6 +56,7 @@ def normalise(tokens_NC: Tensor) -> Tensor:
     return torch.nn.functional.normalize(tokens_NC.float(), dim=-1)
 
 
+@measured("correspondence")
 def side_by_side(tokens: Sequence[Tensor]) -> Tensor:
     """Tokens of several sites with one grid as one: their cosine is the mean of the sites'.
 
@@ -119,6 +121,7 @@ def _gpu_resources(device: int) -> Any:
     return resources
 
 
+@measured("correspondence")
 def match_frames(
     tokens_NLC: Tensor,
     keyframe_tokens_KLC: Tensor,

@@ -17,12 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from tokenflow_batch.ahead import ahead
+from tokenflow_batch.clock import measured
 from tokenflow_batch.tokenflow.attention import Hooks
 from tokenflow_batch.tokenflow.correspondence import Backend
 from tokenflow_batch.tokenflow.ddim import noise_from_prediction
 from tokenflow_batch.tokenflow.keyframes import Neighbours
 from tokenflow_batch.tokenflow.modes import DEFAULT, Guidance, Injection, Mode, branch_count
 from tokenflow_batch.tokenflow.passes import KeyframePass, PropagationPass
+from tokenflow_batch.tokenflow.weights import Weights
 from tokenflow_batch.tokenflow.windows import WindowMoment
 
 
@@ -31,17 +33,26 @@ class Denoiser:
 
     Attributes:
         rows: batch rows sent through the UNet so far, the noise-free measure of work.
+        flops: floating-point operations in it so far, which count partial passes for what they are.
     """
 
     def __init__(self, unet: nn.Module, prediction_type: str) -> None:
         self.unet, self.prediction_type = unet, prediction_type
-        self.rows = 0
+        self.rows = self.flops = 0
+        self._weights: dict[tuple[int, ...], Weights] = {}
         parameter = next(unet.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
 
     @torch.no_grad()
     def noise(
-        self, x_NChw: Tensor, t: int, alpha: float, embeds_NTE: Tensor, *, raw: bool = False
+        self,
+        x_NChw: Tensor,
+        t: int,
+        alpha: float,
+        embeds_NTE: Tensor,
+        *,
+        raw: bool = False,
+        active: KeyframePass | PropagationPass | None = None,
     ) -> Tensor:
         """Predicted ε, (N, C, h, w) float32 on the UNet's device.
 
@@ -52,16 +63,26 @@ class Denoiser:
             embeds_NTE: text embeddings, one a row, or one for all.
             raw: take the UNet's output as ε whatever its prediction type, as the published
                 inversion does.
+            active: the pass that is on, if it changes self-attention; for counting.
         """
         x_NChw = x_NChw.to(self.device, torch.float32)
         embeds = embeds_NTE.to(self.device, self.dtype).expand(len(x_NChw), -1, -1)
         self.rows += len(x_NChw)
+        self.flops += self._weigh(x_NChw, embeds).of(len(x_NChw), active)
         timestep = torch.tensor(t, device=self.device)
-        predicted: Any = self.unet(
-            x_NChw.to(self.dtype), timestep, encoder_hidden_states=embeds, return_dict=False
-        )[0]
+        with measured("unet"):
+            predicted: Any = self.unet(
+                x_NChw.to(self.dtype), timestep, encoder_hidden_states=embeds, return_dict=False
+            )[0]
         kind = "epsilon" if raw else self.prediction_type
         return noise_from_prediction(predicted.float(), x_NChw, alpha, kind)
+
+    def _weigh(self, x_NChw: Tensor, embeds_NTE: Tensor) -> Weights:
+        height, width, tokens = *x_NChw.shape[-2:], embeds_NTE.shape[1]
+        if (height, width, tokens) not in self._weights:
+            weights = Weights(self.unet, (height, width), tokens)
+            self._weights[height, width, tokens] = weights
+        return self._weights[height, width, tokens]
 
 
 class WindowInputs(Protocol):
@@ -242,5 +263,7 @@ class _Call:
         embeds = self.texts[-len(latents) :]
         embeds_NTE = torch.cat([e.expand(frames, -1, -1) for e in embeds])
         with self.hooks.during(active):
-            noise = self.denoiser.noise(torch.cat(latents), self.t, self.alpha, embeds_NTE)
+            noise = self.denoiser.noise(
+                torch.cat(latents), self.t, self.alpha, embeds_NTE, active=active
+            )
         return noise.unflatten(0, (len(latents), frames)), len(noise)

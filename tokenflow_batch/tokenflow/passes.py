@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokenflow_batch.clock import measured
 from tokenflow_batch.tokenflow.attention import (
     AttentionBackend,
     attend,
@@ -127,6 +128,13 @@ class KeyframePass:
         self.outputs: dict[int, Tensor] = {}
         self.tokens: dict[int, Tensor] = {}
 
+    def frame_pairs(self, frames: int) -> int:
+        """How many (frame, frame) pairs attend, of all branches, for so many frames a branch."""
+        anchors = len(self.foreign)
+        seen = frames - anchors + sum(self.foreign)
+        joint = anchors**2 + (frames - anchors) * seen
+        return self.edited * joint + (self.branches - self.edited) * frames
+
     def self_attention(
         self,
         site: Site,
@@ -208,6 +216,14 @@ class PropagationPass:
         self.inject_conv, self.stored_conv_NChw = inject_conv, stored_conv_NChw
         self.stored_index, self.matching = stored_index, matching
 
+    @property
+    def searches(self) -> int:
+        """How many times a frame's tokens are searched in a keyframe's during the pass."""
+        if self.stored_index is not None:
+            return 0
+        return sum(1 + (n.first != n.second) for n in self.neighbours if not n.itself)
+
+    @measured("correspondence")
     def self_attention(
         self,
         site: Site,

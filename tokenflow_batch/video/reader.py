@@ -38,6 +38,7 @@ from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
 from tokenflow_batch.ahead import ahead
+from tokenflow_batch.clock import measured, timed
 from tokenflow_batch.errors import VideoError
 from tokenflow_batch.ranges import Part
 from tokenflow_batch.video.colour import ToRgb
@@ -53,6 +54,7 @@ _AHEAD = 4
 """Decoded frames kept ready."""
 
 
+@measured("video")
 def probe(
     path: Path, progress: Callable[[int], None] | None = None, part: Part | None = None
 ) -> VideoFacts:
@@ -161,7 +163,9 @@ def read_frames(
     stop = facts.frames if stop is None else stop
     if not 0 <= start <= stop <= facts.frames:
         raise ValueError(f"frames {start} to {stop} of a video of {facts.frames}")
-    return ahead(_frames(path, facts, start, stop), _AHEAD) if start < stop else iter(())
+    if start == stop:
+        return iter(())
+    return ahead(timed("video", _frames(path, facts, start, stop)), _AHEAD)
 
 
 def _frames(path: Path, facts: VideoFacts, start: int, stop: int) -> Iterator[NDArray[np.uint8]]:

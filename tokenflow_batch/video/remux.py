@@ -23,6 +23,7 @@ from av.container import OutputContainer
 from av.packet import Packet
 from av.video.stream import VideoStream
 
+from tokenflow_batch.clock import measured
 from tokenflow_batch.errors import VideoError
 from tokenflow_batch.files import replacing
 from tokenflow_batch.video.audio import AudioTrack
@@ -33,6 +34,7 @@ SUFFIXES = (".mp4", ".m4v")
 _MOVIE_TIMESCALE = 1000  # FFmpeg's and QuickTime's habit
 
 
+@measured("video")
 def join(
     segments: Sequence[Path],
     facts: VideoFacts,

@@ -25,6 +25,7 @@ from av.container import OutputContainer
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
+from tokenflow_batch.clock import measured
 from tokenflow_batch.errors import VideoError
 from tokenflow_batch.video.colour import BT709, LIMITED, ToYuv
 
@@ -72,6 +73,7 @@ class Encoding:
         return width, height
 
 
+@measured("video")
 def write_segment(
     path: Path,
     frames: Iterable[NDArray[np.uint8]],
