@@ -17,7 +17,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,14 +30,15 @@ from tokenflow_batch.config import Job, Settings
 from tokenflow_batch.geometry import Fit, plan_geometry
 from tokenflow_batch.manifest import load
 from tokenflow_batch.models import Model
-from tokenflow_batch.plan import UNetCall, rows, unet_calls
+from tokenflow_batch.plan import UNetCall, partial_rows, rows, unet_calls
 from tokenflow_batch.runner import Runner
 from tokenflow_batch.stage_names import StageName
 from tokenflow_batch.stages.base import Advance
 from tokenflow_batch.stages.clip import read_clip
 from tokenflow_batch.tokenflow.attention import Hooks, tokenflow_hooks
+from tokenflow_batch.tokenflow.injection import CONV_SITE
 from tokenflow_batch.tokenflow.keyframes import Neighbours
-from tokenflow_batch.tokenflow.passes import KeyframePass, PropagationPass
+from tokenflow_batch.tokenflow.passes import Enough, FeaturePass, KeyframePass, PropagationPass
 from tokenflow_batch.video import VideoFacts, probe
 
 STAGES: tuple[StageName, ...] = ("invert", "match", "edit")
@@ -65,11 +66,14 @@ class MetaUNet:
         self.unet = copy.deepcopy(unet).to("meta")
         self.frame_shape, self.embed_shape = frame_shape, embed_shape
 
-    def flops(self, call: UNetCall) -> int:
+    def flops(self, call: UNetCall, conv_site: str = CONV_SITE) -> int:
         """Floating-point operations of one call."""
-        with tokenflow_hooks(self.unet) as hooks:
+        with tokenflow_hooks(self.unet, conv_site=conv_site) as hooks:
             if call.kind == "plain":
                 return self._count(call.rows)
+            if call.kind == "partial":
+                with hooks.during(FeaturePass()):
+                    return self._count(call.rows)
             if call.kind == "keyframes":
                 with hooks.during(self._joint(call)):
                     return self._count(call.rows)
@@ -107,7 +111,7 @@ class MetaUNet:
             return self._count(call.rows)
 
     def _count(self, n_rows: int) -> int:
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False) as counter, suppress(Enough):
             self._forward(n_rows)
         return counter.get_total_flops()
 
@@ -130,9 +134,13 @@ def planned(settings: Settings, frames: int, meta: MetaUNet, cuts: Sequence[int]
             alike = call.frames if call.kind != "keyframes" else 1
             one = replace(call, frames=call.frames // alike, conv=False)
             if one not in weights:
-                weights[one] = meta.flops(one)
+                weights[one] = meta.flops(one, settings.conv_site)
             flops += weights[one] * alike * count
-        found[stage] = {"rows": rows(calls), "flops": flops}
+        found[stage] = {
+            "rows": rows(calls),
+            "partial_rows": partial_rows(calls),
+            "flops": flops,
+        }
     return found
 
 
@@ -158,7 +166,9 @@ def counting(unet: nn.Module) -> Iterator[Callable[[], int]]:
         counter.__exit__(None, None, None)
         total += counter.get_total_flops()
 
-    handles = [unet.register_forward_pre_hook(before), unet.register_forward_hook(after)]
+    # Also after passes that leave early.
+    leaving = unet.register_forward_hook(after, always_call=True)
+    handles = [unet.register_forward_pre_hook(before), leaving]
     try:
         yield lambda: total
     finally:
@@ -184,6 +194,7 @@ def measured(manifest: Path) -> Iterator[tuple[Job, VideoFacts, Model, Counts, S
                 totals = folder.totals()
                 found[stage] = {
                     "rows": int(totals.get("rows", 0)),
+                    "partial_rows": int(totals.get("partial_rows", 0)),
                     "flops": flops(),
                     "recorded": int(totals.get("flops", 0)),
                     "retried_rows": int(totals.get("retried_rows", 0)),
@@ -226,6 +237,8 @@ def _stage(plan: Mapping[str, int], run: Mapping[str, int], frames: int) -> dict
         "rows_planned": plan["rows"],
         "rows_run": run["rows"],
         "rows_per_frame": plan["rows"] / frames,
+        "partial_rows_planned": plan["partial_rows"],
+        "partial_rows_run": run["partial_rows"],
         "flops_planned": plan["flops"],
         "flops_run": run["flops"],
         "gflops_per_frame": plan["flops"] / frames / 1e9,

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -49,8 +50,8 @@ def test_official_mode_reproduces_the_published_code(path):
 class Inputs:
     """A window's inputs from memory; source features as the match stage makes them."""
 
-    def __init__(self, x, source, seen, keyframes, length):
-        self.x, self.x_source, self.seen = x, source, seen
+    def __init__(self, x, source, seen, keyframes, length, *, again):
+        self.x, self.x_source, self.seen, self.again = x, source, seen, again
         self.keyframes, self.length = keyframes, length
 
     def latents(self, frames):
@@ -60,6 +61,7 @@ class Inputs:
         return self.x_source[list(frames)]
 
     def conv(self, frames):
+        assert not self.again
         return self.seen.conv[list(frames)]
 
     def correspondences(self, frames):
@@ -79,7 +81,8 @@ def ours(unet, kind, schedule, settings, case):
         for step, (t, alpha) in enumerate(zip(schedule.timesteps, schedule.alphas, strict=True)):
             with hooks.during(SourcePass()) as seen:
                 denoiser.noise(source[step], t, alpha, embeds[0])
-            inputs = Inputs(state.x, source[step], seen, keyframes[step], settings.batch)
+            given = (state.x, source[step], seen, keyframes[step], settings.batch)
+            inputs = Inputs(*given, again=settings.recompute_conv)
             noise = predict_window(
                 denoiser,
                 hooks,
@@ -113,6 +116,8 @@ CASES = {
     "published, guidance on the way": ("official", 6, 3, (8, 8), 0.5, 0.75, "epsilon"),
     "default, guidance on the way": ("default", 7, 3, (8, 8), 0.5, 0.75, "epsilon"),
     "default, sdedit, guidance at the end": ("default", 5, 2, (8, 8), None, None, "epsilon"),
+    "default, tail, features again": ("default", 7, 3, (8, 8), 0.25, 0.75, "epsilon"),
+    "default, wide, v, features again": ("default", 5, 2, (8, 16), 0.0, 1.0, "v_prediction"),
 }
 
 GUIDED = {
@@ -139,7 +144,10 @@ def test_an_edit_is_what_a_plain_reference_makes_of_it(name):
     embeds = torch.randn(3, 7, WIDTH)
     keyframes = [draw_keyframes(5, step, segments(frames, length)) for step in range(steps)]
     injection = Injection() if attn_t is None else Injection.pnp(steps, attn_t, f_t)
-    settings = EditSettings(Guidance(3.0, *guided), injection, length, size, MODES[mode])
+    again = "features again" in name
+    settings = EditSettings(
+        Guidance(3.0, *guided), injection, length, size, MODES[mode], recompute_conv=again
+    )
     got = ours(unet, kind, schedule, settings, (x, source, embeds, keyframes))
     copied = (injection.qk_steps, injection.conv_steps)
     official, steps_guided = mode == "official", range(*guided)
@@ -153,6 +161,6 @@ def test_an_edit_is_what_a_plain_reference_makes_of_it(name):
     assert (wanted[-1] - wanted[0]).abs().mean() > 0.01
     # An edit that skips the injection, or makes another, is another edit.
     other = Injection.pnp(steps, 0.75, 0.25) if injection != Injection(3, 1) else Injection()
-    changed = EditSettings(settings.guidance, other, length, size, MODES[mode])
+    changed = replace(settings, injection=other)
     apart = ours(unet, kind, schedule, changed, (x, source, embeds, keyframes))
     assert (apart[-1] - wanted[-1]).abs().mean() > 5e-4 * wanted[-1].std()

@@ -85,6 +85,8 @@ EFFECTS = [
     ({"attn_t": 0.4}, FROM["edit"]),
     ({"f_t": 0.7}, FROM["edit"]),
     ({"conv_site": "up_blocks.1.resnets.2"}, FROM["match"]),
+    ({"conv_features": "recompute"}, FROM["edit"]),
+    ({"conv_features": "store8"}, FROM["edit"]),
     ({"window_segments": 8}, FROM["edit"]),
     ({"window_overlap": 1}, FROM["edit"]),
     ({"anchors": 2}, FROM["edit"]),
@@ -93,6 +95,7 @@ EFFECTS = [
     ({"restore_size": True}, FROM["render"]),
     # What is stored for other edits of the clip is no part of this one.
     ({"job": replace(JOB, stored_conv_steps=25)}, ["match"]),
+    ({"job": replace(JOB, stored_conv8_steps=20)}, ["match"]),
     # Nothing at all: names, places, a preset's name, what the technique doesn't use.
     ({"preset": "quality"}, []),
     ({"strength": 0.5}, []),
@@ -117,6 +120,11 @@ def test_sdedit_depends_on_its_strength_and_not_on_pnp_s_thresholds():
     assert keys_of(**sdedit, attn_t=0.1, f_t=0.1) == base
     weaker = keys_of(**sdedit, strength=0.5)
     assert [s for s in STAGES if weaker[s] != base[s]] == FROM["edit"]
+
+
+def test_how_features_are_kept_matters_where_stored_features_are_injected():
+    for other in ({"technique": "sdedit"}, {"mode": "official"}):
+        assert keys_of(**other, conv_features="recompute") == keys_of(**other)
 
 
 @pytest.mark.parametrize("stage", STAGES)

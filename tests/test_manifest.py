@@ -234,12 +234,17 @@ def test_convolution_features_are_stored_for_what_a_clip_s_edits_need(tmp_path):
     edits = "\n".join(
         f"      - {{name: e{i}, prompt: p, {extra}}}"
         for i, extra in enumerate(
-            ["f_t: 0.5", "technique: sdedit", "steps: 10, f_t: 1.0", "steps: 10", "mode: official"]
+            [
+                *("f_t: 0.5", "technique: sdedit", "steps: 10, f_t: 1.0", "steps: 10"),
+                *("mode: official", "conv_features: store8, f_t: 0.9", "conv_features: recompute"),
+                "conv_features: recompute, steps: 9",
+            ]
         )
     )
     text = GOOD[: GOOD.index("      - name")] + edits
     jobs = load(written(tmp_path, text)).jobs
-    assert [j.stored_conv_steps for j in jobs] == [20, 20, 10, 10, 20]
+    assert [j.stored_conv_steps for j in jobs] == [20, 20, 10, 10, 20, 20, 20, 0]
+    assert [j.stored_conv8_steps for j in jobs] == [25, 25, 0, 0, 25, 25, 25, 0]
     alone = GOOD.replace("guidance_scale: 5.0", "technique: sdedit")
     assert load(written(tmp_path, alone)).jobs[0].stored_conv_steps == 0
 

@@ -14,12 +14,14 @@ from tokenflow_batch.tokenflow.attention import (
     tokenflow_hooks,
 )
 from tokenflow_batch.tokenflow.correspondence import match_frames
+from tokenflow_batch.tokenflow.denoise import Denoiser
 from tokenflow_batch.tokenflow.injection import (
     Site,
     attention_sites,
 )
 from tokenflow_batch.tokenflow.keyframes import Neighbours, true_neighbours
 from tokenflow_batch.tokenflow.passes import (
+    FeaturePass,
     KeyframePass,
     PropagationPass,
     SourcePass,
@@ -190,6 +192,24 @@ def test_what_follows_the_convolution_in_the_unet_sees_the_source_s_features(une
         evaluate(unet, x)
         source, negative, target = others.outputs[CONV].chunk(3)
     assert torch.equal(negative, source) == torch.equal(target, source) == on
+
+
+def test_a_pass_for_features_ends_with_them_and_leaves_the_unet_as_it_was(unet):
+    x, text, calls = normal(0, K, CHANNELS, 8, 16), normal(1, 5, WIDTH), []
+    denoiser, last = (
+        Denoiser(unet, "epsilon"),
+        unet.conv_out.register_forward_hook(lambda *_: calls.append(1)),
+    )
+    with tokenflow_hooks(unet) as hooks:
+        with hooks.during(SourcePass()) as whole:
+            before = denoiser.noise(x, 421, 0.5, text)
+        with hooks.during(FeaturePass()) as seen:
+            denoiser.until_enough(x, 421, text, hooks.conv_site)
+        assert torch.equal(seen.conv, whole.conv)
+        assert (denoiser.rows, denoiser.partial_rows, len(calls)) == (K, K, 1)
+        with hooks.during(SourcePass()):
+            assert torch.equal(denoiser.noise(x, 421, 0.5, text), before)
+    last.remove()
 
 
 # -- propagation -----------------------------------------------------------------------------

@@ -10,7 +10,13 @@ import yaml
 from tokenflow_batch.config import Settings
 from tokenflow_batch.demo.job import write_clip
 from tokenflow_batch.demo.scenes import Clip
-from tokenflow_batch.plan import row_counts, rows, unet_calls
+from tokenflow_batch.plan import (
+    partial_row_count,
+    partial_rows,
+    row_counts,
+    rows,
+    unet_calls,
+)
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from rows import compare
@@ -18,6 +24,8 @@ from rows import compare
 EDITS = {
     "pnp": {"attn_t": 0.5, "f_t": 1.0},
     "official": {"mode": "official", "inversion_iterations": 0, "inversion_steps": 4},
+    "again": {"conv_features": "recompute", "attn_t": 0.25, "conv_site": "up_blocks.2.resnets.0"},
+    "eight": {"conv_features": "store8"},
 }
 
 
@@ -72,6 +80,17 @@ def test_balanced_rows_per_frame():
         {"segment_length": 1, "chunk_frames": 5, "keyframe_seed": 7},
         {"guidance_interval": (0.2, 0.7)},
         {"guidance_scale": 1.0, "mode": "official"},
+        {"conv_features": "recompute"},
+        {"conv_features": "recompute", "mode": "official"},
+        {"conv_features": "recompute", "technique": "sdedit"},
+        {"conv_features": "recompute", "attn_t": 0.0, "f_t": 1.0, "segment_length": 3},
+        {"conv_features": "recompute", "attn_t": 1.0, "f_t": 0.5, "segment_length": 1},
+        {
+            "conv_features": "recompute",
+            "segment_length": 5,
+            "window_segments": 2,
+            "window_overlap": 1,
+        },
     ],
 )
 @pytest.mark.parametrize("frames", [1, 8, 23, 24, 61])
@@ -80,8 +99,10 @@ def test_counted_rows_are_those_of_the_listed_calls(settings, frames, cuts):
     if cuts and (cuts[-1] >= frames or "mode" in settings):
         pytest.skip("no such clip")
     s = Settings(steps=6, inversion_steps=6, **settings)
-    listed = {stage: rows(calls) for stage, calls in unet_calls(s, frames, cuts).items()}
-    assert row_counts(s, frames, cuts) == listed
+    calls = unet_calls(s, frames, cuts)
+    assert row_counts(s, frames, cuts) == {stage: rows(c) for stage, c in calls.items()}
+    partial = {stage: partial_rows(c) for stage, c in calls.items()}
+    assert partial == {"invert": 0, "match": 0, "edit": partial_row_count(s, frames, cuts)}
 
 
 def test_planning_does_not_import_torch():

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-_ITEM = {"uint8": 1, "float16": 2, "uint16": 2, "float32": 4, "uint32": 4}
+_ITEM = {"int8": 1, "uint8": 1, "float16": 2, "uint16": 2, "float32": 4, "uint32": 4}
 _CHECKSUM = 4
 _INDEX_ENTRY = 16
 """A shard ends with offset and length of every inner chunk (8 bytes each) and a checksum."""
@@ -76,6 +76,9 @@ class ArraySpec:
         return round(leads * (data + blocks * (self.block_frames * _INDEX_ENTRY + _CHECKSUM)))
 
 
+CONV, CONV8, CONV8_SCALE = "conv", "conv8", "conv8_scale"
+"""Convolution features in half precision; in 8 bits, and their scales."""
+
 Specs = dict[str, ArraySpec]
 Shape = tuple[int, int, int]
 
@@ -103,8 +106,11 @@ def match_arrays(
     tokens: Iterable[int],
     conv: Shape,
     conv_steps: int,
+    conv8_steps: int = 0,
 ) -> Specs:
     """Correspondences, one field per token count, and convolution features of the first steps.
+
+    Features are stored in half precision, in 8 bits with a scale per frame and channel, or both.
 
     Args:
         steps: T.
@@ -112,7 +118,8 @@ def match_arrays(
         chunk_frames: frames per block.
         tokens: the token counts that sites have.
         conv: (C, h, w) of the features.
-        conv_steps: of how many steps they are kept.
+        conv_steps: of how many steps they are kept in half precision.
+        conv8_steps: of how many in 8 bits.
     """
     specs = {
         index_name(n): ArraySpec(
@@ -121,7 +128,11 @@ def match_arrays(
         for n in tokens
     }
     if conv_steps:
-        specs["conv"] = ArraySpec("match", (conv_steps,), frames, chunk_frames, conv, "float16")
+        specs[CONV] = ArraySpec("match", (conv_steps,), frames, chunk_frames, conv, "float16")
+    if conv8_steps:
+        grid = ("match", (conv8_steps,), frames, chunk_frames)
+        specs[CONV8] = ArraySpec(*grid, conv, "int8")
+        specs[CONV8_SCALE] = ArraySpec(*grid, conv[:1], "float32")
     return specs
 
 

@@ -73,6 +73,7 @@ def _clip(folder: Path, job: Job, size: Size, options: dict[str, Any]) -> dict[s
         "unet_batch": options.get("unet_batch", s.unet_batch),
         "vae_batch": options.get("vae_batch", s.vae_batch),
         "conv_site": s.conv_site,
+        "conv_features": s.conv_features,
         "edits": [{"name": "edit", "prompt": "a red ball"}],
     }
 

@@ -20,6 +20,7 @@ from tokenflow_batch.ranges import Part
 Dtype = Literal["auto", "fp32", "fp16", "bf16"]
 Technique = Literal["pnp", "sdedit"]
 Preset = Literal["fast", "balanced", "quality", "official"]
+ConvFeatures = Literal["store", "store8", "recompute"]
 
 _Number = TypeVar("_Number", int, float)
 
@@ -112,6 +113,11 @@ class Settings(Frozen):
         pattern=r"^up_blocks\.\d+\.resnets\.\d+$",
         description="PnP: the residual block whose convolution features are injected",
     )
+    conv_features: ConvFeatures = Field(
+        "store",
+        description="PnP: the source's convolution features are stored in 16 bits, in 8 bits "
+        "(store8), or not at all and computed again when they are needed",
+    )
     strength: float = Field(0.9, gt=0, le=1, description="SDEdit: share of steps that are sampled")
     sampler: Literal["ddim", "dpmsolver++"] = "ddim"
     # the output
@@ -154,6 +160,7 @@ class Job:
             what the clip's PnP edits need together.
         where: manifest file and line, for messages.
         part: which part of the video; all of it where None.
+        stored_conv8_steps: the same for features in 8 bits.
     """
 
     clip: str
@@ -165,11 +172,28 @@ class Job:
     stored_conv_steps: int
     where: str
     part: Part | None = None
+    stored_conv8_steps: int = 0
 
     @property
     def name(self) -> str:
         """`clip/edit`, how messages call the job."""
         return f"{self.clip}/{self.edit}"
+
+
+def stored_conv_steps(edits: Sequence[Settings]) -> dict[tuple[int, ConvFeatures], int]:
+    """For how many of the first steps `match` stores convolution features, by `steps` and kind.
+
+    The usual share (f_t = 0.8) or, if some edit asks for more, all: so that adding an edit to a
+    clip doesn't make its `match` another one. Edits that compute them again ask for none.
+    """
+    wanted: dict[tuple[int, ConvFeatures], int] = {}
+    for s in edits:
+        if s.technique == "pnp" and s.mode == "default":
+            usual = int(s.steps * 0.8)
+            needed = usual if int(s.steps * s.f_t) <= usual else s.steps
+            kind = s.steps, s.conv_features
+            wanted[kind] = max(needed, wanted.get(kind, 0))
+    return wanted
 
 
 @dataclass(frozen=True)
@@ -193,6 +217,11 @@ class Batch:
     naming: str = NAMING
     others: tuple[Job, ...] = ()
     scratch: Path | None = None
+
+    def with_conv_features(self, kind: ConvFeatures) -> Batch:
+        """The same jobs, with `kind` wherever convolution features would be stored in 16 bits."""
+        jobs = (_with_conv_features(job, kind) for job in self.jobs)
+        return replace(self, jobs=tuple(jobs))
 
     def only(self, patterns: Sequence[str]) -> Batch:
         """The jobs that at least one pattern names, in the manifest's order.
@@ -219,3 +248,17 @@ class Batch:
             jobs=tuple(j for j in self.jobs if j.name in chosen),
             others=(*self.others, *left_out),
         )
+
+
+def _with_conv_features(job: Job, kind: ConvFeatures) -> Job:
+    """A job of a clip all of whose edits do so."""
+    if kind == "store":
+        return job
+    s, more = job.settings, job.stored_conv_steps if kind == "store8" else 0
+    changed = s.model_copy(update={"conv_features": kind}) if s.conv_features == "store" else s
+    return replace(
+        job,
+        settings=changed,
+        stored_conv_steps=0,
+        stored_conv8_steps=max(more, job.stored_conv8_steps),
+    )

@@ -21,7 +21,7 @@ from tokenflow_batch.geometry import Fit, plan_geometry
 from tokenflow_batch.inputs import Keys
 from tokenflow_batch.measured import Measured
 from tokenflow_batch.model_shape import ModelShape
-from tokenflow_batch.plan import layout_of, row_counts
+from tokenflow_batch.plan import edit_flops, layout_of, partial_row_count, row_counts
 from tokenflow_batch.stage_names import StageName
 from tokenflow_batch.tokenflow.modes import MODES
 
@@ -79,14 +79,15 @@ class JobSizes:
     Attributes:
         known: what is the same for all jobs.
         settings: of the job.
-        stored_conv_steps: of how many steps `match` keeps convolution features.
+        stored_conv_steps: of how many steps `match` keeps convolution features in 16 bits, and in
+            8.
         clip: length and size.
         working: (width, height) in pixels.
     """
 
     known: Known
     settings: Settings
-    stored_conv_steps: int
+    stored_conv_steps: tuple[int, int]
     clip: ClipSize
     working: tuple[int, int]
 
@@ -99,14 +100,25 @@ class JobSizes:
         """
         s, size = job.settings, (clip.width, clip.height)
         working = plan_geometry(size, s.resolution, Fit(s.fit), known.shape.multiple).working
-        return cls(known, s, job.stored_conv_steps, clip, working)
+        return cls(known, s, _stored(job), clip, working)
 
     def cost(self, stage: StageName, keys: Keys) -> tuple[int, float | None, int, int]:
         """Rows, seconds, bytes kept, bytes for a while."""
-        work = self._rows.get(stage, 0)
+        rows = self._rows.get(stage, 0)
         if stage not in self._bytes:
             self._bytes[stage] = getattr(self, f"_{stage}")()
-        return work, self._seconds(stage, work, keys), *self._bytes[stage]
+        work = rows + self.partial_rows(stage) * self._partial_share
+        return rows, self._seconds(stage, work, keys), *self._bytes[stage]
+
+    def partial_rows(self, stage: StageName) -> int:
+        """Rows that leave the UNet early, after the convolution whose features they are for."""
+        return self._partial if stage == "edit" else 0
+
+    def flops(self, stage: StageName) -> int:
+        """Floating-point operations of the UNet."""
+        if stage != "edit":
+            return self._rows.get(stage, 0) * self._flops()
+        return self._edit_flops
 
     def peak(self, stage: StageName, keys: Keys, *, beside: bool = False) -> int | None:
         """Bytes of the device at once, None where nothing is known.
@@ -172,7 +184,25 @@ class JobSizes:
     def _batches(self) -> Mapping[StageName, int]:
         return largest_batches(self.settings, self.clip.frames, self.clip.cuts)
 
-    def _seconds(self, stage: StageName, work: int, keys: Keys) -> float | None:
+    @cached_property
+    def _edit_flops(self) -> int:
+        clip, (_, height, width) = self.clip, self._frame_shape
+        flops = self.known.shape.flops
+        return edit_flops(self.settings, clip.frames, clip.cuts, flops, (height, width))
+
+    @cached_property
+    def _partial(self) -> int:
+        return partial_row_count(self.settings, self.clip.frames, self.clip.cuts)
+
+    @property
+    def _partial_share(self) -> float:
+        return self._flops(self.settings.conv_site) / self._flops() if self._partial else 0.0
+
+    def _flops(self, site: str | None = None) -> int:
+        height, width = self._frame_shape[1:]
+        return self.known.shape.flops.row((height, width), site)
+
+    def _seconds(self, stage: StageName, work: float, keys: Keys) -> float | None:
         amount = work if stage in ("invert", "match", "edit") else self.clip.frames
         rate = self.known.measured.seconds.get((stage, _model(stage, keys), self._area))
         if not amount:
@@ -221,7 +251,8 @@ class JobSizes:
             return {}
         shape, hw = self.known.shape, self._frame_shape[1:]
         conv = shape.conv_shape(hw, s.conv_site)
-        return match_arrays(s.steps, *self._grid, shape.tokens(hw), conv, self.stored_conv_steps)
+        grid = (s.steps, *self._grid)
+        return match_arrays(*grid, shape.tokens(hw), conv, *self.stored_conv_steps)
 
     def _edit(self) -> tuple[int, int]:
         s = self.settings
@@ -266,6 +297,7 @@ _COUNTED = attrgetter(
         "vae_batch",
         "sampler",
         "conv_site",
+        "conv_features",
     ),
     *("resolution", "fit", "restore_size"),
 )
@@ -274,7 +306,11 @@ _COUNTED = attrgetter(
 
 def alike(job: Job, clip: ClipSize) -> tuple[Any, ...]:
     """What a job's costs follow from: jobs with equal values cost the same."""
-    return _COUNTED(job.settings), job.stored_conv_steps, clip
+    return _COUNTED(job.settings), _stored(job), clip
+
+
+def _stored(job: Job) -> tuple[int, int]:
+    return job.stored_conv_steps, job.stored_conv8_steps
 
 
 def _model(stage: StageName, keys: Keys) -> str:

@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from tokenflow_batch.config import Batch, Job
+from tokenflow_batch.config import Batch, ConvFeatures, Job
 from tokenflow_batch.costs import ClipSize, JobSizes, Known, alike
 from tokenflow_batch.errors import TokenflowBatchError, VideoError
 from tokenflow_batch.files import FileMemory
@@ -39,12 +39,14 @@ class StageCost:
     Attributes:
         state: done already (freed: and removed since), shared with an earlier job, half done,
             to do (again: its data were removed).
-        rows: UNet rows.
+        rows: UNet rows, but for partial ones.
         seconds: None where no rate is known.
         bytes: what it adds to the work folder and keeps.
         scratch: what it needs for a while on top.
         key: which result it is.
         peak: the most memory of its device that it takes at once; None where nothing is known.
+        partial_rows: rows that leave the UNet early, for convolution features.
+        flops: floating-point operations of the UNet.
     """
 
     state: State
@@ -54,6 +56,8 @@ class StageCost:
     scratch: int = 0
     key: str = ""
     peak: int | None = 0
+    partial_rows: int = 0
+    flops: int = 0
 
 
 @dataclass(frozen=True)
@@ -109,9 +113,19 @@ class Forecast:
         return max(sums, default=0)
 
     @property
+    def needed(self) -> int:
+        """The most that is taken at once."""
+        return self.bytes + self.scratch
+
+    @property
     def fits(self) -> bool:
         """Whether the disk can hold it."""
-        return self.bytes + self.scratch <= self.free
+        return self.needed <= self.free
+
+    @cached_property
+    def flops(self) -> int:
+        """Floating-point operations of the UNet."""
+        return sum(stage.flops for job in self.jobs for stage in job.stages.values())
 
     @cached_property
     def heaviest(self) -> tuple[JobCost, StageName] | None:
@@ -139,6 +153,8 @@ class Forecast:
             sum(c.bytes for c in costs),
             self._for_a_while(stage),
             peak=None if any(c.peak is None for c in costs) else _largest(costs),
+            partial_rows=sum(c.partial_rows for c in costs),
+            flops=sum(c.flops for c in costs),
         )
 
 
@@ -167,6 +183,20 @@ def forecast(batch: Batch, memory: int | None = None) -> Forecast:
     bytes_there = memory or counting.known.measured.device_bytes
     together = batch.runtime.edits_together
     return Forecast(jobs, free, counting.known.guessed, bytes_there, window, together)
+
+
+def with_smaller_features(batch: Batch, memory: int | None = None) -> dict[ConvFeatures, Forecast]:
+    """The costs if convolution features that would be stored in 16 bits were kept otherwise.
+
+    Args:
+        batch: the resolved manifest.
+        memory: as for `forecast`.
+
+    Returns:
+        What takes more disk first.
+    """
+    kinds: tuple[ConvFeatures, ...] = ("store8", "recompute")
+    return {kind: forecast(batch.with_conv_features(kind), memory) for kind in kinds}
 
 
 def free_bytes(path: Path) -> int:
@@ -249,8 +279,10 @@ class _Counting:
         if now.state == "done":
             return StageCost("done", key=key)
         cost, peak = counted.cost(stage, keys), counted.peak(stage, keys, beside=beside)
+        partial, flops = counted.partial_rows(stage), counted.flops(stage)
         if again or not now.units:
-            return StageCost("again" if again else "to do", *cost, key, peak)
+            state: State = "again" if again else "to do"
+            return StageCost(state, *cost, key, peak, partial, flops)
         folder = self._folder(stage, key)
         work, seconds, kept, scratch = cost
         there = folder.totals().get("rows", 0)
@@ -263,6 +295,8 @@ class _Counting:
             scratch,
             key,
             peak,
+            round(partial * left),
+            round(flops * left),
         )
 
     def _clip(self, job: Job, keys: Keys) -> ClipSize:

@@ -46,9 +46,11 @@ _EDIT = (
     "anchors",
 )
 _PNP = ("attn_t", "f_t", "conv_site")
+_STORED_SOURCE = ("conv_features",)
+"""Of PnP edits whose features come from `match`: in official mode they are found on the way."""
 _SDEDIT = ("strength",)
 _RENDER = ("crf", "audio", "restore_size")
-_LATER = ("guidance_interval",)
+_LATER = ("guidance_interval", "conv_features")
 """Settings that came after the first keys: at their default, which changes nothing, they are left
 out, so that what was computed before them stays valid."""
 
@@ -101,15 +103,29 @@ def stage_keys(job: Job, identity: Identity, dtype: str) -> dict[StageName, Stag
         {"encode": encode, "model": identity.denoiser, "dtype": dtype, **_pick(s, _INVERT)},
     )
     matched = {"invert": invert, **_pick(s, _MATCH)}
-    conv = {"conv_site": s.conv_site} if job.stored_conv_steps else {}
-    add("match", {**matched, "conv_steps": job.stored_conv_steps, **conv})
+    add("match", {**matched, **_stored(job)})
     # What an edit reads of `match` doesn't depend on how much more is stored for other edits.
     match = digest_json({"version": VERSIONS["match"], **matched})[:24]
-    technique = _PNP if s.technique == "pnp" else _SDEDIT
+    stored = _STORED_SOURCE if s.mode == "default" else ()
+    technique = (*_PNP, *stored) if s.technique == "pnp" else _SDEDIT
     edit = add("edit", {"match": match, **_pick(s, _EDIT), **_pick(s, technique)})
     render = add("render", {"edit": edit, "encode": encode, **_pick(s, _RENDER)})
     add("report", {"render": render})
     return keys
+
+
+def _stored(job: Job) -> dict[str, Any]:
+    """What of the convolution features `match` stores."""
+    found: dict[str, Any] = {"conv_steps": job.stored_conv_steps}
+    if job.stored_conv8_steps:
+        found["conv8_steps"] = job.stored_conv8_steps
+    if job.stored_conv_steps or job.stored_conv8_steps:
+        found["conv_site"] = job.settings.conv_site
+    return found
+
+
+STORED = ("conv_steps", "conv8_steps", "conv_site")
+"""What of `match`'s key its edits' keys don't see."""
 
 
 def _pick(settings: Settings, names: tuple[str, ...]) -> dict[str, Any]:

@@ -20,7 +20,16 @@ from pydantic import (
     WithJsonSchema,
 )
 
-from tokenflow_batch.config import NAMING, PRESETS, Batch, Frozen, Job, Runtime, Settings
+from tokenflow_batch.config import (
+    NAMING,
+    PRESETS,
+    Batch,
+    Frozen,
+    Job,
+    Runtime,
+    Settings,
+    stored_conv_steps,
+)
 from tokenflow_batch.errors import ManifestError
 from tokenflow_batch.manifest_rows import Level, expand, read_table
 from tokenflow_batch.manifest_text import Problems, Text, Where
@@ -157,7 +166,7 @@ def _clip_jobs(
                 if settings is not None:
                     edits.append((edit, settings, problems.text.line(at)))
     beside = {video: _sidecar(video, where, problems) for video in found}
-    conv_steps = _conv_steps([settings for _, settings, _ in edits])
+    conv_steps = stored_conv_steps([settings for _, settings, _ in edits])
     return [
         Job(
             clip=name,
@@ -166,9 +175,10 @@ def _clip_jobs(
             model=_model_reference(path.parent, top.model),
             base_config=top.base_config and _model_reference(path.parent, top.base_config),
             settings=_with_source(settings, beside[video]),
-            stored_conv_steps=conv_steps.get(settings.steps, 0),
+            stored_conv_steps=conv_steps.get((settings.steps, "store"), 0),
             where=f"{path}:{line}",
             part=part,
+            stored_conv8_steps=conv_steps.get((settings.steps, "store8"), 0),
         )
         for video, name in videos
         for edit, settings, line in edits
@@ -253,21 +263,6 @@ def _check_naming(naming: str, jobs: Sequence[Job], problems: Problems) -> None:
         if first is not job and naming != NAMING:  # else two edits have one name, said before
             problems.add(where, f"{first.name} and {job.name} would both be {name!r}")
             return
-
-
-def _conv_steps(edits: Sequence[Settings]) -> dict[int, int]:
-    """For how many of the first steps `match` stores convolution features, by `steps`.
-
-    The usual share (f_t = 0.8) or, if some edit asks for more, all: so that adding an edit to a
-    clip doesn't make its `match` another one.
-    """
-    wanted: dict[int, int] = {}
-    for s in edits:
-        if s.technique == "pnp" and s.mode == "default":
-            usual = int(s.steps * 0.8)
-            needed = usual if int(s.steps * s.f_t) <= usual else s.steps
-            wanted[s.steps] = max(needed, wanted.get(s.steps, 0))
-    return wanted
 
 
 def _videos(

@@ -18,6 +18,7 @@ from typing import Any
 from tokenflow_batch.arrays import ArraySpec
 from tokenflow_batch.files import digest_json
 from tokenflow_batch.footprint import Peak, host_bytes
+from tokenflow_batch.keys import STORED
 from tokenflow_batch.ledger import StageFolder
 from tokenflow_batch.paths import Workspace
 from tokenflow_batch.stage_names import STAGES, StageName
@@ -34,7 +35,8 @@ class Measured:
     """Rates and ratios.
 
     Attributes:
-        seconds: per UNet row (invert, match, edit) or per frame (encode, render, report).
+        seconds: per UNet row (invert, match, edit; partial ones by their FLOPs) or per frame
+            (encode, render, report).
         ratio: array name → compressed over plain bytes.
         pixel: stage → bytes of video (and sheet) per latent pixel and frame.
         peaks: digest of a model's part → stage → memory of its runs.
@@ -93,7 +95,7 @@ class Measured:
                     peak = Peak(**_read(_mark(folder))["facts"]["memory"])
                     used.setdefault(model, {}).setdefault(stage, []).append(peak)
                 for facts, files in _records(folder):
-                    work = facts.get("rows", facts.get("frames", 0))
+                    work = facts.get("work", facts.get("rows", facts.get("frames", 0)))
                     sums[stage, model, area].add(facts.get("seconds", 0.0), work)
                     for name, size in files.items():
                         _array(arrays, specs, name, size)
@@ -190,7 +192,7 @@ def _inverted(workspace: Workspace, matched: str) -> str:
     """The key of the inversion behind what an edit's key calls its `match` (see `keys`)."""
     for folder in (workspace.work / "match").iterdir():
         key = _read(folder / "key.json")
-        told = {k: v for k, v in key.items() if k not in ("stage", "conv_steps", "conv_site")}
+        told = {k: v for k, v in key.items() if k not in ("stage", *STORED)}
         if digest_json(told)[:24] == matched:
             return str(key["invert"])
     raise KeyError(matched)

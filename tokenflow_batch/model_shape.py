@@ -10,6 +10,7 @@ from typing import Any
 
 from tokenflow_batch.errors import ModelError
 from tokenflow_batch.model_files import ModelFiles
+from tokenflow_batch.unet_flops import UNetFlops, each
 
 Config = dict[str, Any]
 
@@ -23,12 +24,14 @@ class ModelShape:
         vae_factor: pixels per latent in each direction.
         widths: channels of the UNet's levels, finest first.
         sites: level → number of self-attentions.
+        flops: the UNet's arithmetic.
     """
 
     latent_channels: int
     vae_factor: int
     widths: tuple[int, ...]
     sites: dict[int, int]
+    flops: UNetFlops
 
     @classmethod
     def of(cls, files: ModelFiles) -> ModelShape:
@@ -45,6 +48,7 @@ class ModelShape:
                 2 ** (len(vae["block_out_channels"]) - 1),
                 tuple(unet["block_out_channels"]),
                 _sites(unet),
+                UNetFlops.of(unet, _text_tokens(root)),
             )
         except (KeyError, TypeError, IndexError) as error:
             raise ModelError(f"{root}: its configuration lacks {error}") from None
@@ -82,11 +86,19 @@ def _read(path: Path) -> Config:
     return found
 
 
+def _text_tokens(root: Path) -> int:
+    """Tokens of a text embedding: every prompt is padded to that many."""
+    length = int(_read(root / "text_encoder" / "config.json").get("max_position_embeddings", 77))
+    path = root / "tokenizer" / "tokenizer_config.json"
+    own = _read(path).get("model_max_length") if path.is_file() else None
+    return min(length, int(own)) if own else length
+
+
 def _sites(unet: Config) -> dict[int, int]:
     """Self-attentions per level: each transformer layer of a cross-attention block has one."""
     levels = len(unet["block_out_channels"])
-    layers = _each(unet.get("layers_per_block", 2), levels)
-    deep = _each(unet.get("transformer_layers_per_block") or 1, levels)
+    layers = each(unet.get("layers_per_block", 2), levels)
+    deep = each(unet.get("transformer_layers_per_block") or 1, levels)
     found: Counter[int] = Counter()
     for level, kind in enumerate(unet["down_block_types"]):
         if "CrossAttn" in kind:
@@ -98,7 +110,3 @@ def _sites(unet: Config) -> dict[int, int]:
     if "CrossAttn" in (unet.get("mid_block_type") or "UNetMidBlock2DCrossAttn"):
         found[levels - 1] += deep[-1]
     return dict(found)
-
-
-def _each(value: Any, levels: int) -> list[int]:
-    return [value] * levels if isinstance(value, int) else list(value)

@@ -22,7 +22,8 @@ from tokenflow_batch.tokenflow.keyframes import (
     true_neighbours,
 )
 from tokenflow_batch.tokenflow.modes import MODES, Guidance, Injection, Mode, branch_count
-from tokenflow_batch.tokenflow.windows import Layout, Window, batches, chunks
+from tokenflow_batch.tokenflow.windows import Layout, Window, WindowMoment, batches, chunks
+from tokenflow_batch.unet_flops import UNetFlops
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,8 @@ class UNetCall:
     """A kind of UNet evaluation.
 
     Attributes:
-        kind: `plain` self-attention, joint `keyframes`, or `propagation`.
+        kind: `plain` self-attention, joint `keyframes`, `propagation`; or `partial`, which leaves
+            the UNet after the convolution whose features it is for.
         frames: frames in the batch.
         branches: rows per frame (source, negative, target).
         conv: whether convolution features are injected.
@@ -41,7 +43,7 @@ class UNetCall:
         guided: of the edit's calls, whether a negative branch is among them.
     """
 
-    kind: Literal["plain", "keyframes", "propagation"]
+    kind: Literal["plain", "keyframes", "propagation", "partial"]
     frames: int
     branches: int = 1
     conv: bool = False
@@ -61,8 +63,13 @@ Calls = Mapping[UNetCall, int]
 
 
 def rows(calls: Calls) -> int:
-    """UNet rows in all."""
-    return sum(call.rows * count for call, count in calls.items())
+    """UNet rows in all, but for partial ones."""
+    return sum(call.rows * n for call, n in calls.items() if call.kind != "partial")
+
+
+def partial_rows(calls: Calls) -> int:
+    """Rows that leave the UNet early."""
+    return sum(call.rows * n for call, n in calls.items() if call.kind == "partial")
 
 
 def injection_of(settings: Settings) -> Injection:
@@ -127,6 +134,75 @@ def row_counts(settings: Settings, frames: int, cuts: tuple[int, ...] = ()) -> d
         "match": match if mode.stored_source else 0,
         "edit": edit,
     }
+
+
+def partial_row_count(settings: Settings, frames: int, cuts: tuple[int, ...] = ()) -> int:
+    """The partial rows of `unet_calls`, all of them the edit's, without listing the calls.
+
+    Args:
+        settings: of the job.
+        frames: F.
+        cuts: first frames of all shots but the first.
+    """
+    s, found = settings, 0
+    if not recomputes_conv(s):
+        return 0
+    layout, injection = layout_of(s, frames, cuts), injection_of(s)
+    for step in range(injection.conv_steps):
+        drawn = _drawn(s.keyframe_seed, step, layout)
+        for window in layout.windows:
+            found += _predicted(layout, MODES[s.mode], drawn, window) - len(window.segments)
+            if step >= injection.qk_steps:
+                found += len(window.segments) + len(layout.anchors)
+    return found
+
+
+def edit_flops(
+    settings: Settings,
+    frames: int,
+    cuts: tuple[int, ...],
+    unet: UNetFlops,
+    latent_hw: tuple[int, int],
+) -> int:
+    """Floating-point operations of the edit's UNet calls, without listing them.
+
+    Args:
+        settings: of the job.
+        frames: F.
+        cuts: first frames of all shots but the first.
+        unet: the model's arithmetic.
+        latent_hw: (h, w) of the latents.
+    """
+    s, mode = settings, MODES[settings.mode]
+    layout, total = layout_of(s, frames, cuts), 0
+    for step in range(s.first_step, s.steps):
+        drawn = _drawn(s.keyframe_seed, step, layout)
+        joint, spread = branches_at(s, step)
+        edited = 1 + guidance_of(s).on(step)
+        for window in layout.windows:
+            own, foreign = len(window.segments), _foreign(layout, window)
+            branches = (joint - edited, edited)
+            total += unet.joint(latent_hw, branches, own, len(layout.anchors), foreign)
+            predicted = _predicted(layout, mode, drawn, window)
+            searched = 0
+            if not mode.stored_source:  # in both keyframes; the clip's first segment has one
+                searched = 2 * predicted - (len(window.segments[0]) if window.index == 0 else 0)
+            total += unet.propagated(latent_hw, spread * predicted, searched)
+    partial = partial_row_count(s, frames, cuts)
+    return total + (partial * unet.row(latent_hw, s.conv_site) if partial else 0)
+
+
+def _foreign(layout: Layout, window: Window) -> int:
+    """How many anchors are none of a window's own keyframes."""
+    first, last = window.segments[0].index, window.segments[-1].index
+    return sum(not first <= anchor <= last for anchor in layout.anchors)
+
+
+def recomputes_conv(settings: Settings) -> bool:
+    """Whether the edit computes the source's convolution features itself."""
+    s = settings
+    wanted = s.technique == "pnp" and s.conv_features == "recompute"
+    return wanted and MODES[s.mode].stored_source
 
 
 def _drawn(seed: int, step: int, layout: Layout) -> list[int]:
@@ -222,12 +298,25 @@ def _edit(s: Settings, frames: int, mode: Mode, cuts: Sequence[int]) -> Counter[
             together = len(now.keyframes) + len(now.anchors)
             call = UNetCall("keyframes", together, joint, conv, qk, 0, now.foreign, guided)
             total[call] += 1
+            if conv and recomputes_conv(s):
+                total += _partial(s, now, qk=qk)
             for near in batches(now.neighbours, s.segment_length):
                 keyframes = {k for n in near for k in (n.first, n.second)}
                 searched = 0 if mode.stored_source else len(keyframes)
                 call = UNetCall("propagation", len(near), spread, conv, False, searched, (), guided)
                 total[call] += 1
     return total
+
+
+def _partial(s: Settings, now: WindowMoment, *, qk: bool) -> Counter[UNetCall]:
+    """The passes for a window's convolution features: of all but its keyframes, batch by batch.
+
+    The keyframes' come from the joint pass where that has a source branch.
+    """
+    parts = [sum(f not in now.keyframes for f in b) for b in batches(now.frames, s.segment_length)]
+    if not qk:
+        parts.append(len(now.keyframes) + len(now.anchors))
+    return Counter(UNetCall("partial", n) for n in parts if n)
 
 
 def layout_of(s: Settings, frames: int, cuts: Sequence[int] = ()) -> Layout:

@@ -14,6 +14,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+CORE = "core"
+"""What `attn1` takes between its projections: queries times keys, weights times values."""
+
 Operations = Iterator[tuple[str, int]]
 """In the order of evaluation, a module's name and what it takes."""
 
@@ -80,6 +83,43 @@ class UNetFlops:
         """
         return _row(self, latent_hw, site)
 
+    def joint(
+        self,
+        latent_hw: tuple[int, int],
+        branches: tuple[int, int],
+        keyframes: int,
+        anchors: int = 0,
+        seen: int = 0,
+    ) -> int:
+        """FLOPs of a joint pass over keyframes.
+
+        Args:
+            latent_hw: (h, w) of the latents.
+            branches: how many have every frame attend to itself, how many to all.
+            keyframes: of the window.
+            anchors: frames that attend among themselves.
+            seen: how many of these the keyframes attend to, too.
+        """
+        frames, (alone, together) = anchors + keyframes, branches
+        pairs = anchors**2 + keyframes * (keyframes + seen)
+        more = together * (pairs - frames) * self._core(latent_hw)
+        return (alone + together) * frames * self.row(latent_hw) + more
+
+    def propagated(self, latent_hw: tuple[int, int], rows: int, searched: int = 0) -> int:
+        """FLOPs of rows whose self-attention is replaced.
+
+        Args:
+            latent_hw: (h, w) of the latents.
+            rows: how many.
+            searched: in how many pairs of frames correspondences are searched on the way.
+        """
+        core = self._core(latent_hw)
+        without = self.row(latent_hw) - _total(self, latent_hw, ".attn1") - core
+        return rows * without + searched * core // 2  # a search is a product, attention is two
+
+    def _core(self, latent_hw: tuple[int, int]) -> int:
+        return _total(self, latent_hw, f".{CORE}")
+
     def share(self, latent_hw: tuple[int, int], site: str) -> float:
         """Of a whole row, what a pass takes that leaves the UNet at `site`."""
         return self.row(latent_hw, site) / self.row(latent_hw)
@@ -141,7 +181,8 @@ class UNetFlops:
         text = 4 * self.text_tokens * self.text_width * width  # its keys and values
         for i in range(self.deep[level]):
             block = f"{name}.transformer_blocks.{i}"
-            yield f"{block}.attn1", 4 * square + 4 * tokens * tokens * width
+            yield f"{block}.attn1", 4 * square
+            yield f"{block}.attn1.{CORE}", 4 * tokens * tokens * width
             yield f"{block}.attn2", 2 * square + text + 4 * tokens * self.text_tokens * width
             yield f"{block}.ff", (8 + 4) * square
         yield f"{name}.proj_out", square
@@ -157,6 +198,12 @@ def _row(unet: UNetFlops, latent_hw: tuple[int, int], site: str | None) -> int:
     if site is not None:
         raise ValueError(f"the UNet has no {site}")
     return total
+
+
+@lru_cache(maxsize=256)
+def _total(unet: UNetFlops, latent_hw: tuple[int, int], end: str) -> int:
+    """Of all operations whose name ends so."""
+    return sum(flops for name, flops in unet.operations(latent_hw) if name.endswith(end))
 
 
 def _conv(inputs: int, outputs: int, pixels: int) -> int:

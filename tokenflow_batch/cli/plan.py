@@ -17,7 +17,7 @@ from tokenflow_batch.cli.options import (
     load_batch,
     messages,
 )
-from tokenflow_batch.cli.text import columns, duration, size
+from tokenflow_batch.cli.text import columns, duration, operations, size
 from tokenflow_batch.errors import DiskFullError, ModelError, OutOfMemoryError
 from tokenflow_batch.stage_names import STAGES
 
@@ -62,7 +62,7 @@ def _plan(
         else:
             _print(found)
         if not found.fits:
-            raise _does_not_fit(found)
+            raise _does_not_fit(found, batch)
         if budget is not None and found.heaviest is None and found.window is None:
             raise ModelError(
                 "memory was not measured with this model yet, so no window can be chosen",
@@ -112,14 +112,36 @@ def _too_little_memory(found: Forecast) -> OutOfMemoryError:
     )
 
 
-def _does_not_fit(found: Forecast) -> DiskFullError:
+def _does_not_fit(found: Forecast, batch: Batch) -> DiskFullError:
+    from tokenflow_batch.forecast import with_smaller_features
+
     largest = max(STAGES, key=lambda stage: found.total(stage).bytes)
-    return DiskFullError(
-        f"the disk can't hold this: {size(found.bytes + found.scratch)} are needed and "
-        f"{size(found.free)} are free; {largest} takes {size(found.total(largest).bytes)}",
-        hint="lower `steps`, `resolution` or the number of clips at once (--only), give --workdir "
-        "on a larger disk, or `technique: sdedit`, which stores no convolution features",
+    smaller = with_smaller_features(batch)
+    fitting = [kind for kind, other in smaller.items() if other.fits]
+    told = [
+        f"`conv_features: {kind}` needs {size(other.needed)}{_more_work(found, other)}"
+        for kind, other in smaller.items()
+        if other.needed < found.needed
+    ]
+    usual = (
+        "lower `steps`, `resolution` or the number of clips at once (--only), or give --workdir "
+        "on a larger disk"
     )
+    if fitting:
+        usual = f"set `conv_features: {fitting[0]}` under `defaults`, which fits, or {usual}"
+    return DiskFullError(
+        f"the disk can't hold this: {size(found.needed)} are needed and "
+        f"{size(found.free)} are free; {largest} takes {size(found.total(largest).bytes)}",
+        hint="\n    ".join([usual, *told]),
+    )
+
+
+def _more_work(found: Forecast, other: Forecast) -> str:
+    """By how much another forecast's UNet work exceeds one's."""
+    more = other.flops - found.flops
+    if not more:
+        return " and no more of the UNet"
+    return f" and {operations(more)} more of the UNet (+ {more / found.flops:.1%})"
 
 
 def _as_json(found: Forecast) -> dict[str, Any]:
@@ -163,6 +185,8 @@ def _cost_json(cost: StageCost) -> dict[str, Any]:
     return {
         "state": cost.state,
         "rows": cost.rows,
+        "partial_rows": cost.partial_rows,
+        "flops": cost.flops,
         "seconds": cost.seconds,
         "bytes": cost.bytes,
         "scratch_bytes": cost.scratch,
@@ -181,14 +205,18 @@ def _print(found: Forecast) -> None:
     table = [["in sum", "rows", "time", "disk", "for a while"]]
     for stage in STAGES:
         cost = found.total(stage)
-        cells = [str(cost.rows), duration(cost.seconds), size(cost.bytes), size(cost.scratch)]
-        table.append([stage, *cells])
+        cells = [duration(cost.seconds), size(cost.bytes), size(cost.scratch)]
+        table.append([stage, _rows(cost.rows, cost.partial_rows), *cells])
     columns(table)
     results = sum(job.published for job in found.jobs)
     about = " (about: correspondences or videos were not measured here yet)" * found.guessed
     typer.echo(f"results: {size(results)}")
     typer.echo(f"disk: {size(found.bytes + found.scratch)} needed, {size(found.free)} free{about}")
     _print_memory(found)
+
+
+def _rows(whole: int, partial: int) -> str:
+    return f"{whole}+{partial}p" if partial else str(whole)
 
 
 def _print_memory(found: Forecast) -> None:
@@ -215,7 +243,7 @@ def _row(job: JobCost) -> list[str]:
         job.job.name,
         f"{'' if job.clip.exact else '~'}{job.clip.frames}",
         *(cost.state for cost in costs),
-        str(sum(c.rows for c in costs)),
+        _rows(sum(c.rows for c in costs), sum(c.partial_rows for c in costs)),
         duration(sum(known) if len(known) == len(costs) else None),
         size(sum(c.bytes for c in costs) + job.published),
         "unknown" if any(c.peak is None for c in costs) else size(max(c.peak or 0 for c in costs)),

@@ -24,6 +24,15 @@ def size(count: float) -> str:
     return f"{count:.2f} TB"
 
 
+def operations(count: float) -> str:
+    """Floating-point operations for people."""
+    for unit in ("MFLOP", "GFLOP", "TFLOP", "PFLOP"):
+        count /= 1000 if unit != "MFLOP" else 1_000_000
+        if count < 1000:
+            break
+    return f"{count:.1f} {unit}"
+
+
 def duration(seconds: float | None) -> str:
     """Seconds for people."""
     if seconds is None:

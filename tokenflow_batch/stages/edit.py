@@ -9,7 +9,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from tokenflow_batch.arrays import edit_arrays, index_name, state_names
+from tokenflow_batch.arrays import (
+    CONV,
+    CONV8,
+    CONV8_SCALE,
+    edit_arrays,
+    index_name,
+    state_names,
+)
 from tokenflow_batch.config import Settings
 from tokenflow_batch.ledger import StageFolder
 from tokenflow_batch.models import require_finite
@@ -30,6 +37,7 @@ from tokenflow_batch.tokenflow.denoise import (
 from tokenflow_batch.tokenflow.injection import Site, attention_sites
 from tokenflow_batch.tokenflow.keyframes import draw_keyframes
 from tokenflow_batch.tokenflow.modes import MODES
+from tokenflow_batch.tokenflow.quantise import dequantise
 from tokenflow_batch.tokenflow.samplers import SAMPLERS, Sampler, State
 from tokenflow_batch.tokenflow.windows import (
     Chunk,
@@ -67,6 +75,7 @@ class Edit(Stage):
         source = InvertedLatents(context.folder("invert"), schedule, inversion, reads)
         layout, sampler = _anchored(context, folder, clip), SAMPLERS[s.sampler]
         frame_shape = model.frame_shape(clip.geometry.working)
+        latent_hw = frame_shape[1], frame_shape[2]
         size = (s.steps, clip.frames, clip.chunk_frames)
         windows = (len(layout.windows), max(map(len, layout.windows)))
         specs = edit_arrays(*size, frame_shape, windows, sampler.history)
@@ -76,7 +85,7 @@ class Edit(Stage):
             folder, "first step", lambda: _resume_at(folder, clip, layout.windows, s)
         )
         denoiser = Denoiser(model.unet, model.prediction_type)
-        sites, latent_hw = attention_sites(model.unet), (frame_shape[1], frame_shape[2])
+        sites = attention_sites(model.unet)
         inputs = _Inputs(context, store, source, sampler, schedule, inversion, sites, latent_hw)
         settings = _edit_settings(context, latent_hw)
         work = _Editing(clip, layout, store, inputs, denoiser, prompts, settings, schedule)
@@ -114,6 +123,7 @@ def _edit_settings(context: StageContext, latent_hw: tuple[int, int]) -> EditSet
         latent_hw=latent_hw,
         mode=MODES[s.mode],
         matching=context.compute.matching,
+        recompute_conv=s.conv_features == "recompute",
     )
 
 
@@ -208,7 +218,9 @@ class _Inputs:
 
     def conv(self, frames: Sequence[int]) -> Tensor:
         """Stored convolution features."""
-        return torch.from_numpy(self._stored("conv", frames))
+        names = (CONV8, CONV8_SCALE) if self.context.settings.conv_features == "store8" else (CONV,)
+        data = [torch.from_numpy(self._stored(name, frames)) for name in names]
+        return data[0] if len(data) == 1 else dequantise(*data)
 
     def correspondences(self, frames: Sequence[int]) -> list[Tensor]:
         """γ per site, (N, 2, L) int64."""
@@ -274,8 +286,8 @@ class _Editing:
 
     def _window(self, step: int, window: Window, drawn: Sequence[int]) -> None:
         moment = self.layout.moment(self.settings.mode.neighbours, drawn, window)
-        rows, flops, began = self.denoiser.rows, self.denoiser.flops, time.perf_counter()
-        context = self.inputs.context
+        made = self.denoiser.counts()
+        began, context = time.perf_counter(), self.inputs.context
         # For a window only: other edits, with other sites, may have the next turn.
         with tokenflow_hooks(
             self.denoiser.unet, context.compute.attention, context.settings.conv_site
@@ -297,11 +309,11 @@ class _Editing:
         padded = noise.new_zeros(self.store.specs["noise"].frames, *noise.shape[1:])
         offset = moment.frames.start - window.start
         padded[offset : offset + len(noise)] = noise
-        facts = {
-            "rows": self.denoiser.rows - rows,
-            "flops": self.denoiser.flops - flops,
-            "seconds": time.perf_counter() - began,
-        }
+        now = self.denoiser.counts()
+        facts = {name: now[name] - made[name] for name in now}
+        if not facts["partial_rows"]:  # then the work is the rows
+            del facts["partial_rows"], facts["work"]
+        facts["seconds"] = time.perf_counter() - began
         self.store.write((step, window.index, 0), {"noise": padded.numpy()}, facts)
 
     def _advance(

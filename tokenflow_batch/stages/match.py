@@ -11,8 +11,16 @@ import torch
 from torch import Tensor
 
 from tokenflow_batch.ahead import ahead
-from tokenflow_batch.arrays import index_dtype, index_name, match_arrays
+from tokenflow_batch.arrays import (
+    CONV,
+    CONV8,
+    CONV8_SCALE,
+    index_dtype,
+    index_name,
+    match_arrays,
+)
 from tokenflow_batch.ledger import StageFolder
+from tokenflow_batch.models import require_finite
 from tokenflow_batch.stages.base import Stage, StageContext
 from tokenflow_batch.stages.clip import Clip, InvertedLatents, read_clip
 from tokenflow_batch.store import Array, unit_name
@@ -24,6 +32,7 @@ from tokenflow_batch.tokenflow.injection import Site, attention_sites, conv_shap
 from tokenflow_batch.tokenflow.keyframes import Neighbours, draw_keyframes, true_neighbours
 from tokenflow_batch.tokenflow.modes import MODES
 from tokenflow_batch.tokenflow.passes import SourcePass
+from tokenflow_batch.tokenflow.quantise import quantise
 from tokenflow_batch.tokenflow.windows import Chunk, batches
 
 
@@ -50,7 +59,8 @@ class Match(Stage):
         conv = conv_shape(model.unet, latent_hw, s.conv_site)
         tokens = sites_by_tokens(sites, latent_hw)
         size = (s.steps, clip.frames, clip.chunk_frames)
-        specs = match_arrays(*size, tokens, conv, context.job.stored_conv_steps)
+        job = context.job
+        specs = match_arrays(*size, tokens, conv, job.stored_conv_steps, job.stored_conv8_steps)
         store = context.store(folder, specs)
         units = {
             unit_name("match", (step, chunk.index)): (step, chunk)
@@ -67,7 +77,7 @@ class Match(Stage):
             work = _Matching(context, clip, source, sampling, denoiser, hooks, embed, latent_hw)
             for step, chunk in context.sharing.share(folder, units):
                 rows, flops, began = denoiser.rows, denoiser.flops, time.perf_counter()
-                values = work.unit(step, chunk, keep_conv=step < context.job.stored_conv_steps)
+                values = work.unit(step, chunk)
                 facts = {
                     "rows": denoiser.rows - rows,
                     "flops": denoiser.flops - flops,
@@ -100,15 +110,16 @@ class _Matching:
         latent_hw: tuple[int, int],
     ) -> None:
         self.settings, self.matching = context.settings, context.compute.matching
+        self.kept = {CONV: context.job.stored_conv_steps, CONV8: context.job.stored_conv8_steps}
         self.clip, self.source, self.sampling = clip, source, sampling
         self.denoiser, self.hooks, self.embed = denoiser, hooks, embed.unsqueeze(0)
         self.groups = sites_by_tokens(hooks.sites, latent_hw)
 
-    def unit(self, step: int, chunk: Chunk, *, keep_conv: bool) -> dict[str, Array]:
+    def unit(self, step: int, chunk: Chunk) -> dict[str, Array]:
         """Correspondences and convolution features of a chunk's frames at one step.
 
         By array name: `index_L` (N, 2, L), shared by all sites with L tokens, and `conv`
-        (N, C, h, w) float16.
+        (N, C, h, w) float16, or `conv8` int8 with `conv8_scale` (N, C), as the clip's edits need.
 
         The keyframes that the chunk's frames look at go first, those just outside included; then
         the other frames, a batch at a time, so that tokens are held for keyframes alone.
@@ -121,7 +132,8 @@ class _Matching:
         used = sorted({k for n in near.values() for k in (n.first, n.second)})
         near = {f: _relative(n, used) for f, n in near.items()}
         keyframes = [drawn[k] for k in used]
-        filling = _Filling(chunk, near, self.groups, self.matching, keep_conv=keep_conv)
+        kept = [name for name, steps in self.kept.items() if step < steps]
+        filling = _Filling(step, chunk, near, self.groups, self.matching, kept)
         parts = [seen for _, seen in self._source(step, keyframes)]
         filling.keyframes = {
             n: torch.cat(found)
@@ -168,15 +180,15 @@ class _Filling:
 
     def __init__(
         self,
+        step: int,
         chunk: Chunk,
         near: dict[int, Neighbours],
         tokens: Iterable[int],
         matching: Backend,
-        *,
-        keep_conv: bool,
+        kept: Sequence[str],
     ) -> None:
-        self.chunk, self.near, self.matching = chunk, near, matching
-        self.keep_conv = keep_conv
+        self.step, self.chunk, self.near, self.matching = step, chunk, near, matching
+        self.kept = kept
         self.keyframes: dict[int, Tensor] = {}
         self.values: dict[str, Array] = {
             index_name(n): np.empty((len(chunk), 2, n), index_dtype(n)) for n in tokens
@@ -191,12 +203,32 @@ class _Filling:
         for n, tokens_NLC in tokens.items():
             index_N2L = match_frames(tokens_NLC, self.keyframes[n], near, self.matching)
             self.values[index_name(n)][rows] = index_N2L.cpu().numpy()
-        if not self.keep_conv:
-            return
-        conv = conv_NChw.half().cpu().numpy()
-        if "conv" not in self.values:
-            self.values["conv"] = np.empty((len(self.chunk), *conv.shape[1:]), np.float16)
-        self.values["conv"][rows] = conv
+        for name in self.kept:
+            where = f"match, sampling step {self.step}, frames {frames[0]} to {frames[-1]}"
+            for array, found in stored_features(name, conv_NChw, where).items():
+                if array not in self.values:
+                    self.values[array] = np.empty((len(self.chunk), *found.shape[1:]), found.dtype)
+                self.values[array][rows] = found
+
+
+def stored_features(kind: str, conv_NChw: Tensor, where: str) -> dict[str, Array]:
+    """Convolution features as they are stored, by array name.
+
+    Args:
+        kind: `conv` or `conv8`.
+        conv_NChw: of any float type.
+        where: for messages.
+
+    Raises:
+        ModelError: some are not finite, or beyond half precision.
+    """
+    if kind == CONV:
+        half = conv_NChw.half()
+        require_finite(half, f"{where}: convolution features in 16 bits")
+        return {CONV: half.cpu().numpy()}
+    require_finite(conv_NChw, f"{where}: convolution features")
+    steps, scale = quantise(conv_NChw)
+    return {CONV8: steps.cpu().numpy(), CONV8_SCALE: scale.cpu().numpy()}
 
 
 def _conv(seen: SourcePass) -> Tensor:

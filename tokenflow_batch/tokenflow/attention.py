@@ -103,9 +103,12 @@ class Pass(Protocol):
 class Hooks:
     """The explicit state between the method and the UNet: which pass is on, if any."""
 
-    def __init__(self, sites: tuple[Site, ...], attention: AttentionBackend) -> None:
+    def __init__(
+        self, sites: tuple[Site, ...], attention: AttentionBackend, conv_site: str
+    ) -> None:
         self.sites = sites
         self.attention = attention
+        self.conv_site = conv_site
         self._active: Pass | None = None
 
     @property
@@ -162,7 +165,7 @@ def tokenflow_hooks(
     Raises:
         ValueError: the UNet has no self-attention sites or no PnP convolution.
     """
-    hooks = Hooks(attention_sites(unet), attention)
+    hooks = Hooks(attention_sites(unet), attention, conv_site)
     modules = [unet.get_submodule(site.name) for site in hooks.sites]
     originals: list[Any] = [m.processor for m in modules]
     conv = conv_module(unet, conv_site)

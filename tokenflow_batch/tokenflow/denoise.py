@@ -10,6 +10,7 @@ h w latent size, T prompt tokens, E embedding width.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -23,7 +24,7 @@ from tokenflow_batch.tokenflow.correspondence import Backend
 from tokenflow_batch.tokenflow.ddim import noise_from_prediction
 from tokenflow_batch.tokenflow.keyframes import Neighbours
 from tokenflow_batch.tokenflow.modes import DEFAULT, Guidance, Injection, Mode, branch_count
-from tokenflow_batch.tokenflow.passes import KeyframePass, PropagationPass
+from tokenflow_batch.tokenflow.passes import Enough, FeaturePass, KeyframePass, PropagationPass
 from tokenflow_batch.tokenflow.weights import Weights
 from tokenflow_batch.tokenflow.windows import WindowMoment
 
@@ -33,12 +34,15 @@ class Denoiser:
 
     Attributes:
         rows: batch rows sent through the UNet so far, the noise-free measure of work.
+        partial_rows: rows of passes that have left it early; not among `rows`.
+        work: all of them in whole rows: partial ones by their share of a row's FLOPs.
         flops: floating-point operations in it so far, which count partial passes for what they are.
     """
 
     def __init__(self, unet: nn.Module, prediction_type: str) -> None:
         self.unet, self.prediction_type = unet, prediction_type
-        self.rows = self.flops = 0
+        self.rows = self.partial_rows = self.flops = 0
+        self.work = 0.0
         self._weights: dict[tuple[int, ...], Weights] = {}
         parameter = next(unet.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
@@ -66,19 +70,46 @@ class Denoiser:
             active: the pass that is on, if it changes self-attention; for counting.
         """
         x_NChw = x_NChw.to(self.device, torch.float32)
-        embeds = embeds_NTE.to(self.device, self.dtype).expand(len(x_NChw), -1, -1)
         self.rows += len(x_NChw)
-        self.flops += self._weigh(x_NChw, embeds).of(len(x_NChw), active)
-        timestep = torch.tensor(t, device=self.device)
-        with measured("unet"):
-            predicted: Any = self.unet(
-                x_NChw.to(self.dtype), timestep, encoder_hidden_states=embeds, return_dict=False
-            )[0]
+        self.work += len(x_NChw)
+        self.flops += self._weigh(x_NChw, embeds_NTE).of(len(x_NChw), active)
+        predicted = self._predicted(x_NChw, t, embeds_NTE)
         kind = "epsilon" if raw else self.prediction_type
         return noise_from_prediction(predicted.float(), x_NChw, alpha, kind)
 
+    @torch.no_grad()
+    def until_enough(self, x_NChw: Tensor, t: int, embeds_NTE: Tensor, site: str) -> None:
+        """Evaluate the UNet as far as the active pass wants, which leaves it by `Enough`.
+
+        Args:
+            x_NChw: latents.
+            t: timestep.
+            embeds_NTE: text embeddings, one a row, or one for all.
+            site: the residual block after whose second convolution it leaves; for counting.
+        """
+        weights, rows = self._weigh(x_NChw, embeds_NTE), len(x_NChw)
+        self.partial_rows += rows
+        self.work += rows * weights.until(site) / weights.of(1)
+        self.flops += rows * weights.until(site)
+        with suppress(Enough):
+            self._predicted(x_NChw, t, embeds_NTE)
+
+    def counts(self) -> dict[str, float]:
+        """All of these, by name."""
+        names = ("rows", "flops", "partial_rows", "work")
+        return {name: getattr(self, name) for name in names}
+
+    def _predicted(self, x_NChw: Tensor, t: int, embeds_NTE: Tensor) -> Tensor:
+        embeds = embeds_NTE.to(self.device, self.dtype).expand(len(x_NChw), -1, -1)
+        timestep, x_NChw = torch.tensor(t, device=self.device), x_NChw.to(self.device, self.dtype)
+        with measured("unet"):
+            predicted: Any = self.unet(
+                x_NChw, timestep, encoder_hidden_states=embeds, return_dict=False
+            )[0]
+        return predicted
+
     def _weigh(self, x_NChw: Tensor, embeds_NTE: Tensor) -> Weights:
-        height, width, tokens = *x_NChw.shape[-2:], embeds_NTE.shape[1]
+        height, width, tokens = *x_NChw.shape[-2:], embeds_NTE.shape[-2]
         if (height, width, tokens) not in self._weights:
             weights = Weights(self.unet, (height, width), tokens)
             self._weights[height, width, tokens] = weights
@@ -95,7 +126,8 @@ class WindowInputs(Protocol):
         """Inverted latents at the same timestep, (N, C, h, w)."""
 
     def conv(self, frames: Sequence[int]) -> Tensor:
-        """Stored convolution features of the source, (N, C, h, w)."""
+        """Stored convolution features of the source, (N, C, h, w); not asked for where they are
+        computed again."""
 
     def correspondences(self, frames: Sequence[int]) -> list[Tensor]:
         """Stored γ per site, each (N, 2, L) int64."""
@@ -121,6 +153,8 @@ class EditSettings:
         mode: default or published.
         matching: correspondence backend, where they are found on the way.
         latent_hw: size of the latents.
+        recompute_conv: the source's convolution features are not stored: frames go through the UNet
+            up to there before each pass that needs them.
     """
 
     guidance: Guidance
@@ -129,6 +163,17 @@ class EditSettings:
     latent_hw: tuple[int, int]
     mode: Mode = DEFAULT
     matching: Backend = "torch"
+    recompute_conv: bool = False
+
+    def stores_conv(self, step: int) -> bool:
+        """Whether stored convolution features are injected at a step."""
+        stored = self.mode.stored_source and not self.recompute_conv
+        return stored and step < self.injection.conv_steps
+
+    def recomputes_conv(self, step: int) -> bool:
+        """Whether convolution features are computed and injected at a step."""
+        wanted = self.mode.stored_source and self.recompute_conv
+        return wanted and step < self.injection.conv_steps
 
 
 def predict_window(
@@ -165,18 +210,25 @@ def predict_window(
     joint = _keyframe_pass(settings, hooks, inputs, window, step)
     guided = settings.guidance.on(step)
     call = _Call(denoiser, hooks, inputs, _texts(prompts, guided), t, alpha)
+    recompute = settings.recomputes_conv(step)
+    if recompute and joint.branches == joint.edited:  # else they are the batch's own source's
+        joint.stored_conv_KChw = call.features(inputs.source(together))
     on_rows(call.run(joint, call.read(together, joint.branches), len(together))[1])
     predictions = []
 
-    def passes() -> Iterator[tuple[PropagationPass, _Latents, int]]:
+    def passes() -> Iterator[tuple[PropagationPass, _Latents, range, Tensor | None]]:
         for start in range(0, len(window.frames), settings.batch):
             part = slice(start, start + settings.batch)
             batch, near = window.frames[part], window.neighbours[part]
             spread = _propagation_pass(settings, joint, inputs, batch, near, step)
-            yield spread, call.read(batch, spread.branches), len(batch)
+            others = [f for f in batch if f not in window.keyframes] if recompute else []
+            source = inputs.source(others) if others else None
+            yield spread, call.read(batch, spread.branches), batch, source
 
-    for spread, latents, frames in ahead(passes(), 1):
-        noise_RNChw, rows = call.run(spread, latents, frames)
+    for spread, latents, batch, source in ahead(passes(), 1):
+        if recompute:
+            spread.stored_conv_NChw = call.features_of(batch, joint, window.keyframes, source)
+        noise_RNChw, rows = call.run(spread, latents, len(batch))
         noise = noise_RNChw[-1]
         if guided:
             noise = noise_RNChw[-2] + settings.guidance.scale * (noise - noise_RNChw[-2])
@@ -195,7 +247,7 @@ def _keyframe_pass(
     settings: EditSettings, hooks: Hooks, inputs: WindowInputs, window: WindowMoment, step: int
 ) -> KeyframePass:
     conv_on, guided = step < settings.injection.conv_steps, settings.guidance.on(step)
-    stored = conv_on and settings.mode.stored_source
+    stored = settings.stores_conv(step)
     return KeyframePass(
         branches=branch_count(
             settings.mode, settings.injection, step, keyframe_pass=True, guided=guided
@@ -227,7 +279,7 @@ def _propagation_pass(
             settings.mode, settings.injection, step, keyframe_pass=False, guided=guided
         ),
         inject_conv=conv_on,
-        stored_conv_NChw=inputs.conv(batch) if stored and conv_on else None,
+        stored_conv_NChw=inputs.conv(batch) if settings.stores_conv(step) else None,
         stored_index=inputs.correspondences(batch) if stored else None,
         matching=settings.matching,
         vote_hw=settings.latent_hw if settings.mode.vote else None,
@@ -255,6 +307,29 @@ class _Call:
         edited = len(self.texts) - 1
         own = [self.inputs.source(frames).to(x)] if branches > edited else []
         return [*own, *[x] * edited]
+
+    def features(self, source_NChw: Tensor) -> Tensor:
+        """Convolution features of source frames, (N, C, h, w), by a pass that ends there."""
+        with self.hooks.during(FeaturePass()) as seen:
+            self.denoiser.until_enough(source_NChw, self.t, self.texts[0], self.hooks.conv_site)
+        assert seen.conv is not None  # noqa: S101 - it has left by its hook
+        return seen.conv
+
+    def features_of(
+        self,
+        batch: Sequence[int],
+        joint: KeyframePass,
+        keyframes: Sequence[int],
+        others_NChw: Tensor | None,
+    ) -> Tensor:
+        """The same for a batch some of whose frames may be keyframes, whose features are known."""
+        assert joint.conv is not None  # noqa: S101 - they were injected
+        known = [f for f in batch if f in keyframes]
+        found = [joint.conv[[keyframes.index(f) for f in known]]]
+        if others_NChw is not None:
+            found.append(self.features(others_NChw))
+        order = [*known, *(f for f in batch if f not in keyframes)]
+        return torch.cat(found)[[order.index(f) for f in batch]]
 
     def run(
         self, active: KeyframePass | PropagationPass, latents: _Latents, frames: int

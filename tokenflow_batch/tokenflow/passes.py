@@ -1,4 +1,4 @@
-"""The three kinds of UNet pass: source, joint keyframe edit, propagation.
+"""The kinds of UNet pass: source, whole or for its features; joint keyframe edit; propagation.
 
 Shape suffixes: R branches in a batch, N frames in a batch, K keyframes, L tokens, H heads,
 D channels per head, C channels, h w feature map size. A batch holds its branches one after the
@@ -24,6 +24,10 @@ from tokenflow_batch.tokenflow.attention import (
 from tokenflow_batch.tokenflow.correspondence import Backend, match_frames, vote
 from tokenflow_batch.tokenflow.injection import Site
 from tokenflow_batch.tokenflow.keyframes import Neighbours
+
+
+class Enough(Exception):  # noqa: N818 - nothing is wrong
+    """Raised by a pass to leave the UNet: what comes after is not needed."""
 
 
 class SourcePass:
@@ -59,6 +63,36 @@ class SourcePass:
         return features_NChw
 
 
+class FeaturePass:
+    """Evaluation of source frames for the convolution features alone; leaves the UNet there.
+
+    Attributes:
+        conv: convolution features at the PnP site, (N, C, h, w).
+    """
+
+    def __init__(self) -> None:
+        self.conv: Tensor | None = None
+
+    def self_attention(
+        self,
+        site: Site,  # noqa: ARG002
+        attn: Any,  # noqa: ARG002
+        tokens_NLC: Tensor,  # noqa: ARG002
+        plain: Callable[[], Tensor],
+    ) -> Tensor:
+        """Compute as usual."""
+        return plain()
+
+    def conv_features(self, features_NChw: Tensor) -> Tensor:
+        """Keep the features and leave.
+
+        Raises:
+            Enough: always.
+        """
+        self.conv = features_NChw
+        raise Enough
+
+
 def inject_conv(
     features: Tensor, branches: int, source_NChw: Tensor | None, edited: int = 2
 ) -> Tensor:
@@ -91,6 +125,7 @@ class KeyframePass:
         outputs: per site, the self-attention output of the window's own keyframes after `to_out`,
             (R, K, L, C).
         tokens: per site, the source branch's φ of the same (K, L, C), if `keep_tokens`.
+        conv: the source's convolution features of the same (K, C, h, w), if they are injected.
     """
 
     def __init__(
@@ -127,6 +162,7 @@ class KeyframePass:
         self.keep_tokens, self.foreign = keep_tokens, tuple(foreign)
         self.outputs: dict[int, Tensor] = {}
         self.tokens: dict[int, Tensor] = {}
+        self.conv: Tensor | None = None
 
     def frame_pairs(self, frames: int) -> int:
         """How many (frame, frame) pairs attend, of all branches, for so many frames a branch."""
@@ -177,7 +213,11 @@ class KeyframePass:
         """Plug-and-Play injection, if this step asks for it."""
         if not self.inject_conv:
             return features_NChw
-        return inject_conv(features_NChw, self.branches, self.stored_conv_KChw, self.edited)
+        source_KChw = self.stored_conv_KChw
+        if source_KChw is None:
+            source_KChw = features_NChw.chunk(self.branches)[0]
+        self.conv = source_KChw[len(self.foreign) :]
+        return inject_conv(features_NChw, self.branches, source_KChw, self.edited)
 
 
 class PropagationPass:

@@ -29,7 +29,7 @@ class Weights:
 
     def __init__(self, unet: nn.Module, latent_hw: tuple[int, int], text_tokens: int) -> None:
         of = UNetFlops.of(cast(Mapping[str, Any], unet.config), text_tokens)
-        self._row = of.row(latent_hw)
+        self._of, self._latent_hw, self._row = of, latent_hw, of.row(latent_hw)
         self._attn1 = self._scores = 0
         for site in attention_sites(unet):
             tokens = site.tokens(latent_hw)
@@ -37,6 +37,10 @@ class Weights:
             scores = 4 * tokens * tokens * width  # queries by keys, weights by values
             self._scores += scores
             self._attn1 += scores + 4 * 2 * tokens * width * width
+
+    def until(self, site: str) -> int:
+        """FLOPs of a row that leaves the UNet after the second convolution of `site`."""
+        return self._of.row(self._latent_hw, site)
 
     def of(self, rows: int, active: KeyframePass | PropagationPass | None = None) -> int:
         """FLOPs of so many rows.
