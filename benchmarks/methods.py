@@ -290,10 +290,12 @@ class TokenFlow:
     Attributes:
         mode: default or published.
         keyframes: other keyframes than the drawn ones, from the moment.
+        interval: shares of the steps between which there is guidance.
     """
 
     mode: Mode = DEFAULT
     keyframes: Callable[[Moment], Sequence[int]] | None = None
+    interval: tuple[float, float] = (0.0, 1.0)
 
     def __call__(self, denoiser: Denoiser, hooks: Hooks, now: Moment, x: Tensor) -> Tensor:
         """See `Method`."""
@@ -301,7 +303,7 @@ class TokenFlow:
             now = replace(now, keyframes=self.keyframes(now))
         index = correspondences(now) if self.mode.stored_source else []
         settings = EditSettings(
-            guidance=Guidance(now.thresholds.guidance_scale),
+            guidance=Guidance.within(now.thresholds.guidance_scale, now.steps, self.interval),
             injection=now.injection,
             batch=now.thresholds.segment_length,
             latent_hw=(x.shape[2], x.shape[3]),

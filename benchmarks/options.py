@@ -276,6 +276,7 @@ def middle_keyframes(now: Moment) -> list[int]:
 
 
 OPTIONS: Final[Mapping[str, Method]] = {
+    "guidance to 0.8": TokenFlow(interval=(0.0, 0.8)),
     "fixed keyframes": TokenFlow(keyframes=middle_keyframes),
     "forward-backward": Variant(Building(reach=1)),
     "gate 0.6": Variant(gate=0.6),
