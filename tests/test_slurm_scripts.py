@@ -57,7 +57,8 @@ def test_the_plain_array_script_goes_on_after_a_signal(slurm, two, tmp_path):
     names.write_text("three\nfour [[]4]\n")
     script, log = SCRIPTS / "slurm_array.sbatch", tmp_path / "%a.log"
     job = slurm("sbatch", "--parsable", "--array=0-1", "-o", log, script, manifest, names)
-    wait_until(lambda: set(tasks(slurm, job).values()) == {"RUNNING"}, "both to run")
+    # Running to Slurm is not yet under way: before its first lines a script can hear no signal.
+    wait_until(lambda: "1" in processes_of(manifest), "the second to work")
     slurm("scancel", "--batch", "--signal=TERM", f"{job}_1")
     wait_until(lambda: restarts(slurm, job)[1] >= 1, "it to be queued again")
     assert set(finish(slurm, [job]).values()) == {"COMPLETED"}
