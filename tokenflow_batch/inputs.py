@@ -6,7 +6,7 @@ Torch-free, so that `status` can tell what is done.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -72,6 +72,19 @@ class Inputs:
             VideoError: the video can't be read.
         """
         return self._keys(job, self.memory.digest(job.video))
+
+    def different(self, jobs: Sequence[Job]) -> list[list[Job]]:
+        """Jobs of a clip parted so that no two of a part are the same edit."""
+        parts: list[dict[str, Job]] = []
+        for job in jobs:
+            key = job.name
+            with suppress(VideoError):  # which the job will meet again, and tell
+                key = self.keys(job)["edit"].key
+            fitting = next((part for part in parts if key not in part), None)
+            if fitting is None:
+                parts.append(fitting := {})
+            fitting[key] = job
+        return [list(part.values()) for part in parts]
 
     def known_keys(self, job: Job) -> Keys | None:
         """The same without reading any large file; None if something is not remembered."""

@@ -171,7 +171,7 @@ class Runner:
         together = self.batch.runtime.edits_together if keep_going else 1
         for group in groups(jobs, lambda job: job.clip, together, self.team.size):
             if self.team.claim(f"job/{group[0].name}"):
-                for part in self._different(group):
+                for part in self.inputs.different(group):
                     self._attempt_all(part, stages, keep_going=keep_going)
                 if disk_budget is not None:
                     keep_within(self.inputs, disk_budget)
@@ -185,19 +185,6 @@ class Runner:
         self._locks.release()
         told = {job.name: self.team.get(f"outcome/{job.name}") for job in jobs}
         return {name: outcome for name, outcome in told.items() if outcome}
-
-    def _different(self, jobs: Sequence[Job]) -> list[list[Job]]:
-        """Jobs of a clip parted so that no two of a part are the same edit."""
-        parts: list[dict[str, Job]] = []
-        for job in jobs:
-            key = job.name
-            with suppress(VideoError):  # which the job will meet again, and tell
-                key = self.inputs.keys(job)["edit"].key
-            fitting = next((part for part in parts if key not in part), None)
-            if fitting is None:
-                parts.append(fitting := {})
-            fitting[key] = job
-        return [list(part.values()) for part in parts]
 
     def _attempt_all(
         self, jobs: Sequence[Job], stages: Sequence[StageName], *, keep_going: bool
