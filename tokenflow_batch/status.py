@@ -187,7 +187,7 @@ def _steps(
 ) -> dict[StageName, Step]:
     """One job's steps; `taken` are the keys that jobs before it would run, with their names."""
     if not job.video.is_file():
-        return {stage: Step("fail", f"{job.video}: no such file") for stage in stages}
+        return {stage: Step("fail", f"{job.video}: no such file ({job.where})") for stage in stages}
     first_forced = min((STAGES.index(stage) for stage in force), default=len(STAGES))
     states: dict[StageName, State] = {
         stage: "waiting" if index >= first_forced else now[stage].state

@@ -13,6 +13,7 @@ from tokenflow_batch.cli.options import (
     ModelOption,
     OutputOption,
     WorkdirOption,
+    end,
     load_batch,
     messages,
 )
@@ -41,7 +42,8 @@ def _status(
     from tokenflow_batch.status import status
 
     with messages():
-        rows = status(load_batch(manifest, output, workdir, model=model))
+        batch = load_batch(manifest, output, workdir, model=model, tolerant=True)
+        rows = status(batch)
     if as_json:
         jobs = [
             {
@@ -53,8 +55,8 @@ def _status(
             }
             for row in rows
         ]
-        typer.echo(json.dumps({"jobs": jobs}, indent=1))
-        return
+        typer.echo(json.dumps({"jobs": jobs, "mistakes": batch.mistakes}, indent=1))
+        end(batch)
     table = [["job", *STAGES, "video"]]
     for row in rows:
         cells = [_state(found) for found in row.stages.values()]
@@ -63,6 +65,7 @@ def _status(
     for row in rows:
         if row.error is not None:
             typer.echo(f"{row.clip}/{row.edit} failed: {row.error}")
+    end(batch)
 
 
 def _state(found: StageStatus) -> str:
