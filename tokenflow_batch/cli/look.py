@@ -51,7 +51,7 @@ def _status(
                 "edit": row.edit,
                 "published": row.published,
                 "error": row.error,
-                "stages": {k: {"state": v.state, "units": v.units} for k, v in row.stages.items()},
+                "stages": {stage: _as_json(found) for stage, found in row.stages.items()},
             }
             for row in rows
         ]
@@ -63,13 +63,28 @@ def _status(
         table.append([f"{row.clip}/{row.edit}", *cells, "yes" if row.published else "no"])
     columns(table)
     for row in rows:
+        for stage, found in row.stages.items():
+            if found.where is not None:
+                typer.echo(f"{row.clip}/{row.edit}: {stage} runs on {found.where}")
+    for row in rows:
         if row.error is not None:
             typer.echo(f"{row.clip}/{row.edit} failed: {row.error}")
     end(batch)
 
 
 def _state(found: StageStatus) -> str:
-    return f"{found.state} ({found.units})" if found.state in ("begun", "running") else found.state
+    if found.state not in ("begun", "running"):
+        return found.state
+    return f"{found.state} {found.units}{'' if found.total is None else f'/{found.total}'}"
+
+
+def _as_json(found: StageStatus) -> dict[str, object]:
+    return {
+        "state": found.state,
+        "units": found.units,
+        "total": found.total,
+        "where": found.where,
+    }
 
 
 def _gc(

@@ -188,7 +188,7 @@ def run_or_tell(
         team = Team.of_launch()
         with (
             nullcontext() if scratch is None else own_folder(scratch) as own,
-            progress_bars(shown=team.leads) as progress,
+            progress_bars(shown=team.leads, team=team) as progress,
         ):
             runner = Runner(replace(batch, scratch=own), progress, team)
             results = runner.run(
