@@ -265,7 +265,9 @@ def test_fail_fast_stops_at_the_first_failure(two_by_two):
     assert answer.exit_code == 4
 
 
-def test_a_stage_that_runs_tells_where_and_how_far(manifest):
+def test_a_stage_that_runs_tells_where_and_how_far(tmp_path, tiny_model):
+    clip(tmp_path / "clip.mp4", 2)
+    manifest = write_manifest(tmp_path, tiny_model, steps=1)
     command("run", manifest, "--until", "encode")
     folder = folder_of(manifest, "invert")
     folder.open({}, {})
@@ -279,6 +281,7 @@ def test_a_stage_that_runs_tells_where_and_how_far(manifest):
     )
     with locks.shared("invert", folder.key, "wolf"):
         answer = command("status", manifest, "--json")
+        assert answer.exit_code == 0, answer.output
         found = json.loads(answer.stdout)["jobs"][0]["stages"]["invert"]
         blocks = -(-grid["frames"] // grid["block_frames"])
         assert (found["state"], found["units"], found["total"]) == ("running", 1, 3 * blocks)
