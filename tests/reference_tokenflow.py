@@ -11,6 +11,7 @@ Letters: T steps, F frames, K keyframes, B frames a segment, L tokens, C channel
 
 import math
 from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 
@@ -170,22 +171,7 @@ class Reference:
         """Each token from what the 3 × 3 tokens around it say about it, weighted 1-2-1."""
         sizes = [tuple(-(-side // 2**level) for side in self.size) for level in range(9)]
         rows, width = next((h, w) for h, w in sizes if h * w == len(index))
-        result = []
-        for p in range(len(index)):
-            total, count = 0, 0
-            for dy in (-1, 0, 1):
-                for dx in (-1, 0, 1):
-                    y, x = p // width + dy, p % width + dx
-                    if not (0 <= y < rows and 0 <= x < width):
-                        continue
-                    match = int(index[y * width + x])
-                    y, x = match // width - dy, match % width - dx
-                    if not (0 <= y < rows and 0 <= x < width):
-                        continue
-                    weight = (2, 1)[abs(dy)] * (2, 1)[abs(dx)]
-                    total, count = total + weight * edited[y * width + x], count + weight
-            result.append(total / count)
-        return torch.stack(result)
+        return _votes(tuple(index.tolist()), rows, width) @ edited
 
     def _neighbours(self, frame):
         """[(keyframe's position, weight)]"""
@@ -227,6 +213,24 @@ def _attend(attn, queries, keys, values):
         logits = q[:, part] @ k[:, part].T * width**-0.5
         heads.append(logits.softmax(dim=-1) @ v[:, part])
     return attn.to_out[0](torch.cat(heads, dim=-1))
+
+
+@cache  # sites of a resolution, and the three branches, share their correspondences
+def _votes(index, rows, width):
+    """Row p: the weights of the keyframe's tokens in token p."""
+    weights = torch.zeros(len(index), len(index), dtype=torch.float64)
+    for p in range(len(index)):
+        for dy in (-1, 0, 1):
+            for dx in (-1, 0, 1):
+                y, x = p // width + dy, p % width + dx
+                if not (0 <= y < rows and 0 <= x < width):
+                    continue
+                match = index[y * width + x]
+                y, x = match // width - dy, match % width - dx
+                if not (0 <= y < rows and 0 <= x < width):
+                    continue
+                weights[p, y * width + x] += (2, 1)[abs(dy)] * (2, 1)[abs(dx)]
+    return weights / weights.sum(dim=1, keepdim=True)
 
 
 def _nearest(here, there):

@@ -8,8 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from jobs import clip, command, published, run_one, write_manifest
+from jobs import clip, command, folder_of, published, run_one, write_manifest
 
+from tokenflow_batch.distributed import Team
+from tokenflow_batch.locks import StageLocks
+from tokenflow_batch.paths import Workspace
 from tokenflow_batch.stage_names import STAGES
 
 COMMAND = Path(sys.executable).with_name("tokenflow-batch")
@@ -260,3 +263,31 @@ def test_fail_fast_stops_at_the_first_failure(two_by_two):
     codes = [job["error"] and job["error"]["code"] for job in json.loads(answer.stdout)["jobs"]]
     assert codes == [4, 4, None, None]
     assert answer.exit_code == 4
+
+
+def test_a_stage_that_runs_tells_where_and_how_far(tmp_path, tiny_model):
+    clip(tmp_path / "clip.mp4", 2)
+    manifest = write_manifest(tmp_path, tiny_model, steps=1)
+    command("run", manifest, "--until", "encode")
+    folder = folder_of(manifest, "invert")
+    folder.open({}, {})
+    read = folder_of(manifest, "encode").folder / "commits" / "layout.json"
+    arrays = json.loads(read.read_text())["facts"]["arrays"]
+    grid = {**arrays["latents"], "unit": "invert", "lead": [3]}
+    folder.commit("layout", [], {"arrays": {"latents": grid}})
+    folder.commit("invert-00000-00000", [], {})
+    locks = StageLocks(
+        Team(), Workspace(manifest.parent / "out", manifest.parent / "out" / ".work")
+    )
+    with locks.shared("invert", folder.key, "wolf"):
+        answer = command("status", manifest, "--json")
+        assert answer.exit_code == 0, answer.output
+        found = json.loads(answer.stdout)["jobs"][0]["stages"]["invert"]
+        blocks = -(-grid["frames"] // grid["block_frames"])
+        assert (found["state"], found["units"], found["total"]) == ("running", 1, 3 * blocks)
+        assert found["where"].endswith(f"process {os.getpid()}")
+        shown = command("status", manifest).stdout
+        assert f"running 1/{3 * blocks}" in shown
+        assert f"invert runs on {found['where']}" in shown
+    found = json.loads(command("status", manifest, "--json").stdout)["jobs"][0]["stages"]["invert"]
+    assert (found["state"], found["where"]) == ("begun", None)

@@ -19,7 +19,7 @@ from torch.distributed import HashStore
 from tokenflow_batch.distributed import Team
 
 COUNTING = str(Path(__file__).with_name("counting_cli.py"))
-JOB = {"chunk_frames": 3, "steps": 3, "window_segments": 2, "window_overlap": 1, "anchors": 2}
+JOB = {"chunk_frames": 3, "steps": 2, "window_segments": 2, "window_overlap": 1, "anchors": 2}
 GREEN = {"name": "green", "prompt": "a green ball on grass"}
 CLIPS = [
     {"video": "long.mp4", "edits": [EDIT, GREEN]},

@@ -265,21 +265,23 @@ def test_bad_videos_fail_alone_and_the_batch_goes_on(tmp_path, tiny_model):
         assert f"{name}.mp4" in jobs[name]["error"]["message"]
         assert jobs[name]["error"]["code"] == 4
         assert jobs[name]["outputs"] == []
-    assert answer.exit_code == 4  # they agree
+    assert answer.exit_code == 20 + len(BAD)
     assert f"{len(BAD)} of {len(names)} jobs failed" not in answer.stdout
     assert {f.split("/")[0] for f in published(tmp_path)} == {"first", "last"}
     assert jobs["first"]["error"] is jobs["last"]["error"] is None
 
 
-def test_failures_of_several_kinds_exit_with_one(tmp_path, tiny_model):
+def test_the_exit_code_is_one_failure_s_kind_or_how_many_there_are(tmp_path, tiny_model):
     clip(tmp_path / "wide.mp4", 1, size=(96, 64))
     edits = [EDIT, {**EDIT, "name": "long", "prompt": "very " * 40 + "long"}]
     clips = [{"video": v, "edits": edits[i : i + 1]} for i, v in enumerate(("no.mp4", "wide.mp4"))]
     manifest = write_manifest(tmp_path, tiny_model, clips=clips, steps=1)
     results = run(manifest)
     assert [r.error.exit_code for r in results] == [4, 3]
-    assert exit_code(results) == 1
+    assert exit_code(results) == 22
     assert exit_code(results[1:]) == 3
+    assert exit_code([], mistakes=1) == 2
+    assert exit_code(results[1:], mistakes=500) == 119
     assert "prompt of" in results[1].error.message
 
 

@@ -41,10 +41,12 @@ def size_of(folder):
 def batch(tmp_path_factory, tiny_model):
     """Three clips, two of them the same file; the plan before, a run, what it left."""
     folder = tmp_path_factory.mktemp("plan")
-    clip(folder / "clip.mp4", 9, size=(128, 64))
+    clip(folder / "clip.mp4", 5, size=(96, 64))
     (folder / "copy.mp4").write_bytes((folder / "clip.mp4").read_bytes())
-    clip(folder / "long.mp4", 14, size=(128, 64), sound=False)
-    manifest = write_manifest(folder, tiny_model, clips=CLIPS, steps=5, window_segments=4)
+    clip(folder / "long.mp4", 9, size=(96, 64), sound=False)
+    manifest = write_manifest(
+        folder, tiny_model, clips=CLIPS, steps=3, window_segments=2, window_overlap=1, anchors=2
+    )
     before = planned(manifest)
     assert all(result.error is None for result in run(manifest))
     return manifest, before
@@ -114,7 +116,7 @@ def test_what_is_done_costs_nothing(batch):
     states = {v["state"] for job in after["jobs"] for v in job["stages"].values()}
     assert states <= {"done", "shared"}
     assert all(job["frames_exact"] for job in after["jobs"])
-    assert [job["frames"] for job in after["jobs"]] == [9, 9, 9, 14]
+    assert [job["frames"] for job in after["jobs"]] == [5, 5, 5, 9]
 
 
 def test_a_plan_that_the_disk_cannot_hold_is_refused(batch, monkeypatch, tmp_path):

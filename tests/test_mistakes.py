@@ -31,7 +31,7 @@ MISTAKES = {
     "another version": ("version: 1", "version: 2", 1, "should be 1"),
     "no model": ("model: demo\n", "", 1, "`model` is missing"),
     "no clips": (GOOD[GOOD.index("clips:") :], "clips: []\n", 6, "at least 1 item"),
-    "clips of the wrong kind": ("  - video: wolf.mp4", "    video: wolf.mp4", 6, "valid list"),
+    "clips of the wrong kind": ("  - video: wolf.mp4", "    video: wolf.mp4", 6, "must be a list"),
     "wrong type": ("steps: 10", "steps: many", 5, "got 'many'"),
     "out of range": ("steps: 10", "steps: 0", 5, "greater than or equal to 1"),
     "unknown preset": ("steps: 10", "preset: best", 5, "'balanced'"),
@@ -41,6 +41,29 @@ MISTAKES = {
     "strength of nothing": ("steps: 10", "strength: 0", 5, "greater than 0"),
     "overlap of more than half": ("steps: 10", "window_overlap: 9", 5, "at most half"),
     "inversion steps that don't fit": ("steps: 10", "inversion_steps: 7", 5, "inversion_steps"),
+    "a list as a key": ("steps: 10", "[a, b]: 10", 5, "a key must be a text"),
+    "a number as a key": ("steps: 10", "10: steps", 5, "a key must be a text"),
+    "yes for a number": ("steps: 10", "steps: yes", 5, "must be a number"),
+    "half a step": ("steps: 10", "steps: 2.5", 5, "must be a whole number"),
+    "guidance of no number": ("steps: 10", "guidance_scale: .nan", 5, "got nan"),
+    "a prompt of a number": ("prompt: a robot", "prompt: 42", 11, "put it in quotes"),
+    "frames backwards": ("source_prompt: a wolf", "frames: [10, 5]", 8, "is empty"),
+    "frames of one number": ("source_prompt: a wolf", "frames: [10]", 8, "a list of two"),
+    "cuts of something": ("steps: 10", "cuts: some", 5, "`auto`, `none` or a list"),
+    "unknown device": ("output: out/", "runtime: {device: tpu}", 3, "`cuda:N`"),
+    "backslashes": ("wolf.mp4", r"videos\wolf.mp4", 7, "`/` between folders"),
+    "two dots": ("source_prompt: a wolf", "name: ..", 8, "can't be a file's name"),
+    "attributes in naming": (
+        "output: out/",
+        'naming: "{clip.x}/{edit}.mp4"',
+        3,
+        "{clip} and {edit}",
+    ),
+    "a colon in a prompt": ("prompt: a robot", "prompt: a: b", 11, "put quotes around"),
+    "an open quote": ("prompt: a robot", 'prompt: "a robot', 11, "is not closed"),
+    "no edits": ("edits:\n      - name: robot\n        prompt: a robot", "edits:", 9, "a list"),
+    "two documents": ("prompt: a robot\n", "prompt: a robot\n---\nmodel: x\n", 12, "not valid"),
+    "code in a tag": ("a robot", "!!python/name:os.system x", 11, "not valid YAML"),
     "unknown device option": ("output: out/", "runtime: {gpu: 1}", 3, "unknown key"),
     "duplicate key": ("steps: 10", "steps: 10\n  steps: 20", 6, "`steps` is given twice"),
     "duplicate edits": (
@@ -49,8 +72,8 @@ MISTAKES = {
         12,
         "is already defined at",
     ),
-    "a path as a name": ("name: robot", "name: ../robot", 10, "should match pattern"),
-    "a hidden name": ("name: robot", "name: .robot", 10, "should match pattern"),
+    "a path as a name": ("name: robot", "name: ../robot", 10, "can't be a file's name"),
+    "a hidden name": ("name: robot", "name: .robot", 10, "can't be a file's name"),
     "a suffix in a name": ("name: robot", "name: robot.mp4", 10, "leave `.mp4` out"),
     "a glob that matches nothing": ("wolf.mp4", '"*.avi"', 7, "no file matches"),
     "tabs": ("  steps: 10", "\tsteps: 10", 5, "not valid YAML"),
@@ -99,6 +122,26 @@ MISTAKES = {
 }
 
 
+ENTRY_MISTAKES = {
+    "did you mean `source_prompt`?",
+    "did you mean `prompt`?",
+    "`prompt` is missing",
+    "at least 1 character",
+    "can't be a file's name",
+    "leave `.mp4` out",
+    "no file matches",
+    "must be a list",
+    "lists of values",
+    "beside the matrix too",
+    "put it in quotes",
+    "is empty",
+    "a list of two",
+    "`/` between folders",
+    "a list",
+}
+"""Of the above, what clips and edits may say that are wrong alone."""
+
+
 @pytest.mark.parametrize(("old", "new", "line", "says"), MISTAKES.values(), ids=MISTAKES.keys())
 def test_a_mistake_is_told_with_file_line_and_remedy(tmp_path, old, new, line, says):
     assert GOOD.count(old) == 1
@@ -109,6 +152,63 @@ def test_a_mistake_is_told_with_file_line_and_remedy(tmp_path, old, new, line, s
     assert f"{path}:{line}:" in answer.output
     assert says in answer.output
     assert "Traceback" not in answer.output
+
+
+def test_an_unknown_model_is_told_with_its_line(tmp_path):
+    path = tmp_path / "m.yaml"
+    path.write_text(GOOD.replace("model: demo", "model: Demo"))
+    answer = command("status", path)
+    assert answer.exit_code == 3
+    assert f"{path}:2: model 'Demo': no such folder or file" in answer.output
+
+
+def test_a_manifest_of_other_bytes_is_told_with_its_line(tmp_path):
+    path = tmp_path / "m.yaml"
+    path.write_bytes(GOOD.encode().replace(b"a wolf", b"a w\xf6lf"))
+    answer = command("status", path)
+    assert answer.exit_code == 2
+    assert f"{path}:8: byte 0xf6 is no UTF-8" in answer.output
+
+
+HEAD = "version: 1\nmodel: {}\noutput: out/\nclips:\n"
+ENTRY = GOOD[GOOD.index("  - video") :]
+IN_CLIPS = [
+    (old, new, says)
+    for old, new, _, says in MISTAKES.values()
+    if ENTRY.count(old) == 1 and says in ENTRY_MISTAKES and "- video" not in old
+]
+
+
+def test_mistakes_in_clips_and_edits_cost_those_alone(tmp_path, tiny_model):
+    """All that can be wrong with a clip or an edit, in one manifest, and two good jobs."""
+    clip(tmp_path / "wolf.mp4", 2)
+    text = HEAD.format(tiny_model)
+    for number, (old, new, _) in enumerate(IN_CLIPS):
+        text += ENTRY.replace(old, new).replace("name: robot", f"name: e{number}")
+    good = ENTRY.replace("    source", "    name: good\n    steps: 1\n    source")
+    text += good + "      - {name: late, prompt: p}\n      - {name: bad, promt: p}\n"
+    path = tmp_path / "m.yaml"
+    path.write_text(text)
+    answer = command("run", path, "--until", "encode", "--json")
+    assert answer.stdout, answer.output
+    found = json.loads(answer.stdout)
+    assert [(j["clip"], j["edit"], j["error"]) for j in found["jobs"]] == [
+        ("good", "robot", None),
+        ("good", "late", None),
+    ]
+    told = found["mistakes"]
+    assert answer.exit_code == 20 + len(told)
+    assert len(told) > len(IN_CLIPS) >= 12
+    for *_, says in IN_CLIPS:
+        assert any(says in line for line in told), says
+    assert all(line.startswith(f"{path}:") for line in told)
+    assert all(f"error: {line}" in answer.stderr for line in told)
+    assert "Traceback" not in answer.output
+    # What is chosen is done as if nothing else were there; what removes things wants all right.
+    assert command("run", path, "--only", "good/late", "--until", "encode").exit_code == 0
+    looked = command("status", path)
+    assert (looked.exit_code, "good/late" in looked.stdout) == (2, True)
+    assert command("gc", path, "--dry-run").exit_code == 2
 
 
 def test_all_mistakes_are_told_at_once(tmp_path):
@@ -172,7 +272,7 @@ def test_what_only_a_run_sees_fails_that_job_alone(tmp_path, tiny_model):
     clips.insert(3, {"name": "good", "video": "good.mp4", "edits": plain})
     manifest = write_manifest(tmp_path, tiny_model, clips=clips, steps=1)
     answer = command("run", manifest, "--until", "render", "--json")
-    assert answer.exit_code == 1
+    assert answer.exit_code == 20 + len(wrong)
     failed = {j["clip"]: j["error"] for j in json.loads(answer.stdout)["jobs"]}
     assert failed.pop("good") is None
     for name, (_, says, code) in wrong.items():

@@ -78,7 +78,7 @@ def assert_kept(before, after):
 
 
 @pytest.mark.parametrize(
-    "kills", [pytest.param(3, id="few"), pytest.param(10, id="many", marks=pytest.mark.slow)]
+    "kills", [pytest.param(1, id="one"), pytest.param(10, id="many", marks=pytest.mark.slow)]
 )
 def test_killed_and_started_again_it_ends_with_the_same_bits(whole, tmp_path, tiny_model, kills):
     reference, idle, duration = whole
@@ -120,15 +120,22 @@ def test_killed_and_started_again_it_ends_with_the_same_bits(whole, tmp_path, ti
 
 
 @pytest.mark.parametrize(
-    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+    ("number", "times"),
+    [
+        (signal.SIGTERM, 1),
+        pytest.param(signal.SIGTERM, 3, marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, 2, marks=pytest.mark.slow),
+    ],
 )
-def test_a_signal_stops_it_soon_and_nothing_is_lost(whole, tmp_path, tiny_model, number):
+def test_a_signal_stops_it_soon_and_nothing_is_lost(whole, tmp_path, tiny_model, number, times):
     reference, idle, duration = whole
     shutil.copy2(reference.parent / "clip.mp4", tmp_path)
     manifest = write_manifest(tmp_path, tiny_model, **JOB)
     work = manifest.parent / "out" / ".work"
     stopped = 0
-    for share in (0.3, 0.6):
+    for share in (0.3, 0.5, 0.7, 0.8):
+        if stopped == times:
+            break
         before = committed(work)
         process = start(manifest)
         try:
@@ -178,7 +185,7 @@ def dying(monkeypatch, writes, *, after):
     [
         pytest.param(2, False, marks=pytest.mark.slow),
         pytest.param(1, True, marks=pytest.mark.slow),
-        (5, True),
+        pytest.param(5, True, marks=pytest.mark.slow),
         (7, False),
     ],
 )

@@ -6,14 +6,14 @@ Plain data, importable without torch. Names are those of diffusers and the paper
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from tokenflow_batch.ranges import Part
 
@@ -45,11 +45,22 @@ class Frozen(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse `true` where a number is wanted: Python takes it for 1."""
+        field = cls.model_fields[info.field_name or ""]
+        if isinstance(value, bool) and field.annotation in (int, float):
+            raise ValueError("must be a number")
+        return value
+
 
 class Runtime(Frozen):
     """Where and how a process computes. Bits depend on it, so it is recorded beside the results."""
 
-    device: str = Field("auto", description="`auto`, `cpu`, `cuda` or `cuda:N`")
+    device: str = Field(
+        "auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="`auto`, `cpu`, `cuda` or `cuda:N`"
+    )
     dtype: Dtype = Field("auto", description="fp16 on a GPU and fp32 on a CPU unless set")
     threads: int = Field(2, ge=1, le=1024, description="CPU threads of every process")
     attention: Literal["auto", "sdpa", "xformers"] = "auto"
@@ -208,6 +219,8 @@ class Batch:
         naming: template of the videos' paths under the output folder.
         others: jobs of the manifest that are left out this time (`only`), whose results are kept.
         scratch: a folder of this process on a disk of its machine.
+        mistakes: what is wrong with the manifest's other clips and edits, with file and line.
+        where: manifest file and line of `model` and `runtime`, for messages.
     """
 
     jobs: tuple[Job, ...]
@@ -217,6 +230,8 @@ class Batch:
     naming: str = NAMING
     others: tuple[Job, ...] = ()
     scratch: Path | None = None
+    mistakes: tuple[str, ...] = ()
+    where: Mapping[str, str] = field(default_factory=dict)
 
     def with_conv_features(self, kind: ConvFeatures) -> Batch:
         """The same jobs, with `kind` wherever convolution features would be stored in 16 bits."""

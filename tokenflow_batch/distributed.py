@@ -91,6 +91,15 @@ class Team:
         key = self._key("value", name)
         return json.loads(self._store.get(key)) if self._store.check([key]) else None
 
+    def show(self, what: Any) -> None:
+        """Tell what this process is at, a JSON value, whatever the epoch."""
+        self._store.set(f"shown/{self.rank}", json.dumps(what))
+
+    def shown(self) -> list[Any | None]:
+        """What each process is at, by its own last word; None where it has said nothing."""
+        keys = [f"shown/{rank}" for rank in range(self.size)]
+        return [json.loads(self._store.get(k)) if self._store.check([k]) else None for k in keys]
+
     def agree(self, name: str, compute: Callable[[], Any]) -> Any:
         """A JSON value that the first process to ask computes, the same for all.
 

@@ -1,6 +1,6 @@
 """Everything that can go wrong, as one tree. Each class carries the exit code of the command line.
 
-TokenflowBatchError           1   anything below; also "several jobs failed for different reasons"
+TokenflowBatchError           1   anything below; on its own, a bug
 ├── ManifestError             2   the manifest or a command-line value is wrong (file, line, fix)
 ├── ModelError                3   the model can't be found, loaded or used for this
 ├── VideoError                4   a source can't be read, has no picture, or can't be written
@@ -14,6 +14,7 @@ TokenflowBatchError           1   anything below; also "several jobs failed for 
 ├── LockedError               9   another process is at work on the same stage of the same clip
 └── LaunchError              10   the processes of a launch don't find each other, or differ
 
+Of several failures the exit code says how many there are: 20 more than that (results.exit_code).
 Stopped by SIGINT or SIGTERM, the command line exits with 130 or 143.
 
 `message` says what is wrong and where, `hint` what to do about it.

@@ -231,7 +231,9 @@ class _Counting:
     def job(self, job: Job, keys: Keys | None) -> JobCost:
         """The costs of one job that no earlier one has."""
         if keys is None:
-            return JobCost(job, error=f"{job.video}: no such file, or it can't be read")
+            return JobCost(
+                job, error=f"{job.video}: no such file, or it can't be read ({job.where})"
+            )
         try:
             clip = self._clip(job, keys)
             counted = self._sizes_of(job, clip)

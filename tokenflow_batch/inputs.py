@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 
 from tokenflow_batch.config import Batch, Job
-from tokenflow_batch.errors import VideoError
+from tokenflow_batch.errors import ModelError, VideoError
 from tokenflow_batch.files import DigestMemory
 from tokenflow_batch.keys import Identity, StageKey, stage_keys
 from tokenflow_batch.model_files import ModelFiles, locate
@@ -49,7 +49,11 @@ class Inputs:
         """
         job = batch.jobs[0]
         workspace = Workspace(batch.output, batch.workdir, batch.naming, batch.scratch)
-        model = locate(job.model, job.base_config, download=download)
+        try:
+            model = locate(job.model, job.base_config, download=download)
+        except ModelError as error:
+            where = batch.where.get("model", "--model")
+            raise ModelError(f"{where}: {error.message}", hint=error.hint) from None
         return cls(batch, model, workspace, DigestMemory(workspace.digests))
 
     @cached_property

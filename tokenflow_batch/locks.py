@@ -6,8 +6,11 @@ what is safe is safe by units that are committed whole.
 
 from __future__ import annotations
 
+import json
+import os
+import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -90,6 +93,8 @@ class StageLocks:
         except Timeout:
             return False
         self._held[path] = lock
+        with suppress(OSError):  # for `status`; whether it holds is the operating system's word
+            path.write_text(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
         return True
 
 

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
 import glob
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from itertools import takewhile
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import (
-    AfterValidator,
-    Field,
-    PlainValidator,
-    StringConstraints,
-    TypeAdapter,
-    ValidationError,
-    WithJsonSchema,
-)
+from pydantic import Field, PlainValidator, ValidationError, WithJsonSchema
+from pydantic_core import ErrorDetails
 
 from tokenflow_batch.config import (
     NAMING,
@@ -31,8 +23,16 @@ from tokenflow_batch.config import (
     stored_conv_steps,
 )
 from tokenflow_batch.errors import ManifestError
+from tokenflow_batch.manifest_names import (
+    EditName,
+    Name,
+    check_naming,
+    clip_name,
+    refuse_equal_names,
+)
 from tokenflow_batch.manifest_rows import Level, expand, read_table
 from tokenflow_batch.manifest_text import Problems, Text, Where
+from tokenflow_batch.manifest_words import told, unknown_key
 from tokenflow_batch.ranges import Part, seconds
 
 VIDEO_SUFFIXES = frozenset(
@@ -41,33 +41,11 @@ VIDEO_SUFFIXES = frozenset(
 )
 
 
-def _short_enough(name: str) -> str:
-    if len(name.encode()) > 200:
-        raise ValueError("too long for a file name")
-    return name
-
-
-# A name becomes a file or folder name: no separators, no control characters, not hidden.
-Name = Annotated[
-    str,
-    AfterValidator(_short_enough),
-    StringConstraints(min_length=1, max_length=120, pattern=r"^[^./\\\x00-\x1f][^/\\\x00-\x1f]*$"),
-]
-
-
-def _edit_name(name: str) -> str:
-    if name.lower().endswith(".mp4"):
-        raise ValueError("leave `.mp4` out: it is added")
-    return name
-
-
 Count = Annotated[int, Field(ge=0, lt=2**40, strict=True)]
 Seconds = Annotated[
     Fraction, PlainValidator(seconds), WithJsonSchema({"type": ["number", "string"]})
 ]
-EditName = Annotated[Name, AfterValidator(_edit_name)]
 M = TypeVar("M", bound=Frozen)
-_NAME: TypeAdapter[str] = TypeAdapter(Name)
 
 
 class EditEntry(Frozen):
@@ -112,6 +90,7 @@ def load(
     output: Path | None = None,
     workdir: Path | None = None,
     model: str | None = None,
+    tolerant: bool = False,
 ) -> Batch:
     """Read and resolve a manifest.
 
@@ -120,6 +99,8 @@ def load(
         output: overrides the manifest's `output`.
         workdir: overrides the default work folder, `OUTPUT/.work`.
         model: of a CSV table, which names none.
+        tolerant: leave out single clips and edits that are wrong (`Batch.mistakes`), if there are
+            others.
 
     Raises:
         ManifestError: listing everything that is wrong, with file and line.
@@ -138,34 +119,49 @@ def load(
     results = [p.resolve() for p in (given, output, workdir) if p is not None]
     for index in range(len(top.clips)):
         jobs += _clip_jobs(path, top, index, results, problems)
-    _refuse_equal_names(jobs, problems)
-    _check_naming(top.naming, jobs, problems)
-    problems.stop()
+    good = refuse_equal_names(jobs, problems)
+    check_naming(top.naming, good, problems)
+    if not tolerant or problems.general or not good:
+        problems.stop()
     out = output or given
-    return Batch(tuple(jobs), out, workdir or out / ".work", top.runtime, top.naming)
+    lines = {key: f"{path}:{text.line((key,))}" for key in ("model", "runtime") if key in text.raw}
+    return Batch(
+        tuple(good),
+        out,
+        workdir or out / ".work",
+        top.runtime,
+        top.naming,
+        mistakes=tuple(problems.lines),
+        where=lines,
+    )
 
 
 def _clip_jobs(
     path: Path, top: ManifestFile, index: int, results: Sequence[Path], problems: Problems
 ) -> list[Job]:
     where: Where = ("clips", index)
+    before = len(problems.lines)
     entry, shared = _split(top.clips[index], ClipEntry, where, problems)
     if entry is None:
         return []
     found = _videos(path.parent, entry, results, where, problems)
     part = _part(entry, where, problems)
-    videos = [(v, _clip_name(entry, v, part, where, problems)) for v in found]
+    videos = [(v, clip_name(entry.name, v, part, where, problems)) for v in found]
+    beside = {video: _sidecar(video, where, problems) for video in found}
+    wrong = len(problems.lines) > before
     edits: list[tuple[EditEntry, Settings, int]] = []
     for number, compact in enumerate(entry.edits):
         at = (*where, "edits", number)
         for raw in expand(compact, at, problems):
+            known = len(problems.lines)
             edit, own = _split(raw, EditEntry, at, problems)
             if edit is not None:
                 levels = [(("defaults",), top.defaults), (where, shared), (at, own)]
                 settings = _settings(levels, edit.prompt, problems)
-                if settings is not None:
+                if settings is not None and len(problems.lines) == known:
                     edits.append((edit, settings, problems.text.line(at)))
-    beside = {video: _sidecar(video, where, problems) for video in found}
+    if wrong:  # nothing of it can be meant as it stands
+        return []
     conv_steps = stored_conv_steps([settings for _, settings, _ in edits])
     return [
         Job(
@@ -201,10 +197,9 @@ def _settings(
     try:
         settings = Settings.model_validate(merged)
     except ValidationError as error:
-        for item in error.errors():
-            key = str(item["loc"][0])
-            place = (*origin.get(key, levels[-1][0]), *item["loc"][1:])
-            problems.add(place, f"{item['msg']} (got {_short(item['input'])})")
+        for (key, *rest), message in told(error, lambda _: ()):
+            if key in origin:  # what follows from another key is wrong there
+                problems.add((*origin[str(key)], *rest), message)
         return None
     plain = settings.inversion_iterations == 0
     if settings.inversion_steps < settings.steps or (
@@ -240,29 +235,6 @@ def _with_source(settings: Settings, beside: str | None) -> Settings:
     if beside is None or "source_prompt" in settings.model_fields_set:
         return settings
     return settings.model_copy(update={"source_prompt": beside})
-
-
-def _check_naming(naming: str, jobs: Sequence[Job], problems: Problems) -> None:
-    """Every video needs a file of its own inside the output folder."""
-    where = ("naming",)
-    try:
-        names = [naming.format(clip=job.clip, edit=job.edit) for job in jobs]
-    except (KeyError, IndexError, ValueError, AttributeError) as error:
-        problems.add(where, f"template {naming!r}: {error}; there are {{clip}} and {{edit}}")
-        return
-    if not naming.endswith(".mp4"):
-        problems.add(where, f"must end in .mp4 (got {naming!r})")
-    for name in names:
-        parts = PurePosixPath(name).parts
-        if name.startswith("/") or "\\" in name or any(p.startswith((".", "~")) for p in parts):
-            problems.add(where, f"{name!r} is not inside the output folder, or hidden")
-            return
-    taken: dict[str, Job] = {}
-    for job, name in zip(jobs, names, strict=True):
-        first = taken.setdefault(name.casefold(), job)
-        if first is not job and naming != NAMING:  # else two edits have one name, said before
-            problems.add(where, f"{first.name} and {job.name} would both be {name!r}")
-            return
 
 
 def _videos(
@@ -319,44 +291,9 @@ def _part(entry: ClipEntry, where: Where, problems: Problems) -> Part | None:
     return None
 
 
-def _clip_name(
-    entry: ClipEntry, video: Path, part: Part | None, where: Where, problems: Problems
-) -> str:
-    """The clip's name, or the file's (with the part), which must do as a folder's."""
-    if entry.name is not None:
-        return entry.name
-    name = video.stem if part is None else f"{video.stem}-{part.label}"
-    try:
-        return _NAME.validate_python(name)
-    except ValidationError:
-        message = f"{name!r} can't be a folder's name: give the clip a `name`"
-        problems.add((*where, "video"), message)
-        return name
-
-
 def _is_video(path: Path, folder: Path) -> bool:
     hidden = any(part.startswith(".") for part in path.parts)
     return not hidden and path.suffix.lower() in VIDEO_SUFFIXES and (folder / path).is_file()
-
-
-def _refuse_equal_names(jobs: Iterable[Job], problems: Problems) -> None:
-    """Two clips, or two edits of a clip, that would write the same files."""
-    clips: dict[str, Job] = {}
-    edits: dict[tuple[str, str], Job] = {}
-    for job in jobs:
-        first = clips.setdefault(job.clip.casefold(), job)
-        if _source(first) != _source(job):
-            problems.say(
-                f"{job.where}: clip name {job.clip!r} is taken: {_source(first)} and "
-                f"{_source(job)} would write the same files; give one of them a `name`"
-            )
-        other = edits.setdefault((job.clip.casefold(), job.edit.casefold()), job)
-        if other is not job and _source(first) == _source(job):
-            problems.say(f"{job.where}: edit {job.name!r} is already defined at {other.where}")
-
-
-def _source(job: Job) -> str:
-    return f"{job.video}" if job.part is None else f"{job.video} {job.part}"
 
 
 def _model_reference(root: Path, model: str) -> str:
@@ -373,7 +310,7 @@ def _split(
     known = own | (set(Settings.model_fields) - {"prompt"})
     for key in raw:
         if key not in known:
-            problems.add((*where, key), _unknown(str(key), known))
+            problems.add((*where, key), unknown_key(str(key), known))
     settings = {k: v for k, v in raw.items() if k in Settings.model_fields and k not in own}
     if model is None:
         return None, settings
@@ -384,23 +321,10 @@ def _validate(model: type[M], raw: Any, where: Where, problems: Problems) -> M |
     try:
         return model.model_validate(raw)
     except ValidationError as error:
-        for item in error.errors():
-            place = (*where, *item["loc"])
-            if item["type"] == "extra_forbidden":
-                owner = Runtime if "runtime" in item["loc"] else model
-                problems.add(place, _unknown(str(place[-1]), owner.model_fields))
-            elif item["type"] == "missing":
-                problems.add(place[:-1], f"`{place[-1]}` is missing")
-            else:
-                problems.add(place, f"{item['msg']} (got {_short(item['input'])})")
+        for place, message in told(error, lambda item: _known(model, item)):
+            problems.add((*where, *place), message)
         return None
 
 
-def _unknown(key: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(key, list(known), n=1)
-    return f"unknown key{f', did you mean `{close[0]}`?' if close else ''}"
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+def _known(model: type[Frozen], item: ErrorDetails) -> Iterable[str]:
+    return (Runtime if "runtime" in item["loc"] else model).model_fields

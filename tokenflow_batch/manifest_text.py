@@ -34,7 +34,7 @@ class Text:
             ManifestError: it is not there, no YAML, no mapping, or gives a key twice.
         """
         try:
-            loader = _Loader(path.read_text(encoding="utf-8"))
+            loader = _Loader(_decoded(path))
             root = loader.get_single_node()
             if isinstance(root, yaml.MappingNode):
                 _refuse_duplicate_keys(path, root)  # before merge keys are resolved
@@ -42,9 +42,11 @@ class Text:
         except FileNotFoundError:
             raise ManifestError(f"{path}: no such manifest") from None
         except yaml.MarkedYAMLError as error:
-            mark = error.problem_mark or error.context_mark
-            line = mark.line + 1 if mark else 1
-            raise ManifestError(f"{path}:{line}: not valid YAML: {error.problem}") from None
+            raise _not_yaml(path, error) from None
+        except yaml.reader.ReaderError as error:
+            line = path.read_bytes().decode().count("\n", 0, error.position) + 1
+            what = f"character {error.character!r} can't stand in YAML"
+            raise ManifestError(f"{path}:{line}: {what}") from None
         except (OSError, ValueError, yaml.YAMLError) as error:
             raise ManifestError(f"{path}: can't be read: {error}") from None
         if not isinstance(root, yaml.MappingNode):
@@ -64,6 +66,40 @@ class Text:
             key, node = found
             line = key.start_mark.line
         return line + 1
+
+
+def _decoded(path: Path) -> str:
+    """A file's text.
+
+    Raises:
+        ManifestError: it is no UTF-8.
+    """
+    data = path.read_bytes()
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ManifestError(
+            f"{path}:{line}: byte {data[error.start]:#04x} is no UTF-8", hint="save it as UTF-8"
+        ) from None
+
+
+_YAML_HINTS = {
+    "mapping values are not allowed": "put quotes around a text that has a colon in it",
+    "cannot start any token": "indent with spaces, not tabs; put quotes around texts that begin "
+    "with a special character",
+    "end of stream": "a quote or bracket that begins there is not closed",
+}
+
+
+def _not_yaml(path: Path, error: yaml.MarkedYAMLError) -> ManifestError:
+    problem = str(error.problem)
+    mark = error.problem_mark or error.context_mark
+    if "end of stream" in problem:  # the end says nothing: where did it begin?
+        mark = error.context_mark or mark
+    line = mark.line + 1 if mark else 1
+    hint = next((told for said, told in _YAML_HINTS.items() if said in problem), None)
+    return ManifestError(f"{path}:{line}: not valid YAML: {problem}", hint=hint)
 
 
 def _child(node: yaml.Node, part: str | int) -> tuple[yaml.Node, yaml.Node] | None:
@@ -91,8 +127,10 @@ def _unique_children(path: Path, node: yaml.Node) -> list[yaml.Node]:
     if isinstance(node, yaml.MappingNode):
         seen: set[str] = set()
         for key, _ in node.value:
+            line = key.start_mark.line + 1
+            if not isinstance(key, yaml.ScalarNode):
+                raise ManifestError(f"{path}:{line}: a key must be a text, no list or mapping")
             if key.value in seen:
-                line = key.start_mark.line + 1
                 raise ManifestError(f"{path}:{line}: `{key.value}` is given twice")
             seen.add(key.value)
         children = [value for _, value in node.value]
@@ -101,13 +139,21 @@ def _unique_children(path: Path, node: yaml.Node) -> list[yaml.Node]:
 
 @dataclass
 class Problems:
-    """Collects everything that is wrong before saying so."""
+    """Collects everything that is wrong before saying so.
+
+    Attributes:
+        text: the manifest's.
+        lines: what is wrong, with file and line.
+        general: whether something is wrong outside of single clips, so that nothing can run.
+    """
 
     text: Text
     lines: list[str] = field(default_factory=list)
+    general: bool = False
 
     def add(self, where: Where, message: str) -> None:
         """Something is wrong at a node."""
+        self.general |= where[:1] != ("clips",) or len(where) < 2
         dotted = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in where).lstrip(".")
         self.say(f"{self.text.path}:{self.text.line(where)}: {dotted}: {message}")
 

@@ -18,6 +18,7 @@ from tokenflow_batch.errors import (
     DamagedUnit,
     DiskFullError,
     LockedError,
+    ManifestError,
     OutOfMemoryError,
     StoreError,
     TokenflowBatchError,
@@ -182,7 +183,13 @@ def _copy(source: Path, target: Path) -> None:
             shutil.copyfile(source, temporary)
 
 
-def exit_code(results: Sequence[JobResult]) -> int:
-    """0 if all is well, the failures' own code if they agree, else 1."""
-    codes = {result.error.exit_code for result in results if result.error is not None}
-    return codes.pop() if len(codes) == 1 else int(bool(codes))
+def exit_code(results: Sequence[JobResult], mistakes: int = 0) -> int:
+    """0 if all is well, one failure's own code, or 20 and how many there are (119: 99 or more).
+
+    Args:
+        results: of all jobs.
+        mistakes: how many more there are in the manifest.
+    """
+    codes = [result.error.exit_code for result in results if result.error is not None]
+    codes += [ManifestError.exit_code] * mistakes
+    return sum(codes) if len(codes) < 2 else 20 + min(len(codes), 99)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from tokenflow_batch.arrays import ArraySpec
 from tokenflow_batch.config import Batch, Job
 from tokenflow_batch.errors import DamagedUnit
-from tokenflow_batch.inputs import Inputs
+from tokenflow_batch.inputs import Inputs, Keys
 from tokenflow_batch.joblog import JobLog
 from tokenflow_batch.ledger import StageFolder
 from tokenflow_batch.paths import Workspace
@@ -29,11 +33,15 @@ class StageStatus:
         state: how far it is.
         units: how many units of work are committed.
         key: which result it is; None where that is unknown.
+        total: how many units there are in all, where the stage has begun and counts them.
+        where: host and process that is at it, while it is running.
     """
 
     state: State
     units: int
     key: str | None = None
+    total: int | None = None
+    where: str | None = None
 
 
 @dataclass(frozen=True)
@@ -81,7 +89,7 @@ def status(batch: Batch) -> list[JobStatus]:
             if keys is None:
                 stages[stage] = StageStatus("unknown" if looking.began else "waiting", 0)
             else:
-                stages[stage] = looking.at(stage, keys[stage].key)
+                stages[stage] = _counted(looking, job, stage, keys)
         video = inputs.workspace.video(job.clip, job.edit)
         published = stages["render"].state == "done" and video.is_file()
         error = JobLog.of(inputs.workspace, job).last_error() if looking.logged else None
@@ -111,7 +119,7 @@ class Looking:
                 found = stage_status(StageFolder(self.workspace.stage(stage, key), stage, key))
             settled = found.state in ("done", "freed")
             if not settled and f"{key}.lock" in there and self._locked(stage, key):
-                found = replace(found, state="running")
+                found = replace(found, state="running", where=self._holder(stage, key))
             self._seen[stage, key] = found
         return self._seen[stage, key]
 
@@ -120,6 +128,43 @@ class Looking:
             return self.workspace.lock(stage, key).stat().st_ino in self._locks
         except OSError:
             return False
+
+    def _holder(self, stage: StageName, key: str) -> str | None:
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            told = json.loads(self.workspace.lock(stage, key).read_text("utf-8"))
+            return f"{told['host']}, process {told['pid']}"
+        return None
+
+
+def _counted(looking: Looking, job: Job, stage: StageName, keys: Keys) -> StageStatus:
+    """A stage's state and, if it is half done, of how many units."""
+    found = looking.at(stage, keys[stage].key)
+    if found.state not in ("begun", "running") or stage == "report":
+        return found
+    sized = "encode" if stage == "render" else stage
+    arrays = _arrays(looking.workspace.stage(sized, keys[sized].key))
+    s = job.settings
+    if not arrays:
+        return found
+    grid = max(arrays.values(), key=lambda a: (math.prod(a.lead), a.frames))
+    total = math.prod(grid.lead) * -(-grid.frames // grid.block_frames)
+    if stage == "edit":
+        state, windows = arrays["latents"], arrays["noise"].lead[1]
+        chunks = -(-state.frames // state.block_frames)
+        total = (s.steps - s.first_step) * (chunks + windows)
+    kinds = {a.unit for a in arrays.values()} if stage != "render" else {"segment"}
+    folder = looking.workspace.stage(stage, keys[stage].key) / "commits"
+    units = sum(p.name.partition("-")[0] in kinds for p in folder.glob("[!.]*-*.json"))
+    return replace(found, units=units, total=max(total, units))
+
+
+def _arrays(folder: Path) -> dict[str, ArraySpec]:
+    """The arrays that a stage has laid out; none where it has not."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        layout = json.loads((folder / "commits" / "layout.json").read_text("utf-8"))
+        arrays = layout["facts"]["arrays"]
+        return {name: ArraySpec.from_json(raw) for name, raw in arrays.items()}
+    return {}
 
 
 def _names(folder: Path) -> frozenset[str]:
@@ -187,7 +232,7 @@ def _steps(
 ) -> dict[StageName, Step]:
     """One job's steps; `taken` are the keys that jobs before it would run, with their names."""
     if not job.video.is_file():
-        return {stage: Step("fail", f"{job.video}: no such file") for stage in stages}
+        return {stage: Step("fail", f"{job.video}: no such file ({job.where})") for stage in stages}
     first_forced = min((STAGES.index(stage) for stage in force), default=len(STAGES))
     states: dict[StageName, State] = {
         stage: "waiting" if index >= first_forced else now[stage].state

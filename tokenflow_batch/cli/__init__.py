@@ -18,8 +18,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Edit long videos by text with a pretrained image diffusion model (TokenFlow).",
-    epilog="Exit codes: 0 done, 1 jobs failed for several reasons, 2 manifest or usage, 3 model, "
-    "4 video, 5 Slurm, 6 work folder, 7 disk full, 8 memory, 9 locked, 10 launch, 130 interrupted.",
+    epilog="Exit codes: 0 done, 1 bug, 2 manifest or usage, 3 model, 4 video, 5 Slurm, "
+    "6 work folder, 7 disk full, 8 memory, 9 locked, 10 launch, 20 + N: N failures, 130 stopped.",
 )
 
 

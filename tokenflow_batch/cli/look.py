@@ -13,6 +13,7 @@ from tokenflow_batch.cli.options import (
     ModelOption,
     OutputOption,
     WorkdirOption,
+    end,
     load_batch,
     messages,
 )
@@ -41,7 +42,8 @@ def _status(
     from tokenflow_batch.status import status
 
     with messages():
-        rows = status(load_batch(manifest, output, workdir, model=model))
+        batch = load_batch(manifest, output, workdir, model=model, tolerant=True)
+        rows = status(batch)
     if as_json:
         jobs = [
             {
@@ -49,24 +51,40 @@ def _status(
                 "edit": row.edit,
                 "published": row.published,
                 "error": row.error,
-                "stages": {k: {"state": v.state, "units": v.units} for k, v in row.stages.items()},
+                "stages": {stage: _as_json(found) for stage, found in row.stages.items()},
             }
             for row in rows
         ]
-        typer.echo(json.dumps({"jobs": jobs}, indent=1))
-        return
+        typer.echo(json.dumps({"jobs": jobs, "mistakes": batch.mistakes}, indent=1))
+        end(batch)
     table = [["job", *STAGES, "video"]]
     for row in rows:
         cells = [_state(found) for found in row.stages.values()]
         table.append([f"{row.clip}/{row.edit}", *cells, "yes" if row.published else "no"])
     columns(table)
     for row in rows:
+        for stage, found in row.stages.items():
+            if found.where is not None:
+                typer.echo(f"{row.clip}/{row.edit}: {stage} runs on {found.where}")
+    for row in rows:
         if row.error is not None:
             typer.echo(f"{row.clip}/{row.edit} failed: {row.error}")
+    end(batch)
 
 
 def _state(found: StageStatus) -> str:
-    return f"{found.state} ({found.units})" if found.state in ("begun", "running") else found.state
+    if found.state not in ("begun", "running"):
+        return found.state
+    return f"{found.state} {found.units}{'' if found.total is None else f'/{found.total}'}"
+
+
+def _as_json(found: StageStatus) -> dict[str, object]:
+    return {
+        "state": found.state,
+        "units": found.units,
+        "total": found.total,
+        "where": found.where,
+    }
 
 
 def _gc(

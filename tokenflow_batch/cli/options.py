@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -15,7 +16,7 @@ from tokenflow_batch.errors import ManifestError, TokenflowBatchError
 from tokenflow_batch.stage_names import STAGES, StageName
 
 if TYPE_CHECKING:
-    from tokenflow_batch.config import Batch
+    from tokenflow_batch.config import Batch, Runtime
 
 ManifestArgument = Annotated[
     Path,
@@ -86,19 +87,47 @@ def load_batch(
     threads: int | None = None,
     only: Sequence[str] | None = None,
     model: str | None = None,
+    tolerant: bool = False,
 ) -> Batch:
-    """A manifest as the command line changes it; what is wrong with it ends the command."""
+    """A manifest as the command line changes it.
+
+    What is wrong with it ends the command; or, if `tolerant`, is told, and what is right goes on.
+    """
     from tokenflow_batch.manifest import load
 
     with messages():
-        batch = load(manifest, output=output, workdir=workdir, model=model)
+        batch = load(manifest, output=output, workdir=workdir, model=model, tolerant=tolerant)
+        for mistake in batch.mistakes if os.environ.get("RANK", "0") == "0" else ():
+            typer.echo(f"error: {mistake}", err=True)
         changes: dict[str, Any] = {"device": device, "threads": threads}
         given = {k: v for k, v in changes.items() if v is not None}
-        batch = replace(batch, runtime=batch.runtime.model_copy(update=given))
-        try:
-            return batch.only(only) if only else batch
+        batch = replace(batch, runtime=_overridden(batch.runtime, given))
+        try:  # what is wrong elsewhere is no matter of chosen jobs
+            return replace(batch.only(only), mistakes=()) if only else batch
         except ValueError as error:
             raise ManifestError(f"--only: {error}") from None
+
+
+def end(batch: Batch) -> NoReturn:
+    """End a command that only looked: with the exit code of mistakes, if there were any.
+
+    Raises:
+        typer.Exit: always.
+    """
+    raise typer.Exit(ManifestError.exit_code if batch.mistakes else 0)
+
+
+def _overridden(runtime: Runtime, given: dict[str, Any]) -> Runtime:
+    from pydantic import ValidationError
+
+    try:
+        return type(runtime).model_validate(runtime.model_dump() | given)
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        raise ManifestError(
+            f"--{wrong['loc'][0]}: there is no {wrong['input']!r}",
+            hint="give cpu, cuda or cuda:N",
+        ) from None
 
 
 class _Terminated(KeyboardInterrupt):

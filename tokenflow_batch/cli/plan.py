@@ -14,6 +14,7 @@ from tokenflow_batch.cli.options import (
     OnlyOption,
     OutputOption,
     WorkdirOption,
+    end,
     load_batch,
     messages,
 )
@@ -51,7 +52,7 @@ def _plan(
     from tokenflow_batch.disk import parse_size
     from tokenflow_batch.forecast import forecast
 
-    batch = load_batch(manifest, output, workdir, only=only, model=model)
+    batch = load_batch(manifest, output, workdir, only=only, model=model, tolerant=True)
     with messages():
         budget = None if memory_budget is None else parse_size(memory_budget)
         if calibrate:
@@ -70,6 +71,7 @@ def _plan(
             )
         if not found.fits_memory and not _only_the_window(found):
             raise _too_little_memory(found)
+    end(batch)
 
 
 def _calibrate(batch: Batch) -> None:

@@ -21,6 +21,7 @@ from tokenflow_batch.cli.options import (
     OutputOption,
     ThreadsOption,
     WorkdirOption,
+    end,
     load_batch,
     messages,
     stage_name,
@@ -93,7 +94,14 @@ def _run(
     """Run every job of a manifest through all stages; what is done is skipped."""
     stages = stage_range(from_, until)
     batch = load_batch(
-        manifest, output, workdir, device=device, threads=threads, only=only, model=model
+        manifest,
+        output,
+        workdir,
+        device=device,
+        threads=threads,
+        only=only,
+        model=model,
+        tolerant=True,
     )
     forced = [stage_name(stage) for stage in force or []]
     with messages():
@@ -127,7 +135,14 @@ def _stage_command(stage: StageName, summary: str) -> Callable[..., None]:
         as_json: JsonOption = False,
     ) -> None:
         batch = load_batch(
-            manifest, output, workdir, device=device, threads=threads, only=only, model=model
+            manifest,
+            output,
+            workdir,
+            device=device,
+            threads=threads,
+            only=only,
+            model=model,
+            tolerant=True,
         )
         run_or_tell(
             batch,
@@ -162,7 +177,7 @@ def run_or_tell(
     """
     if dry_run:
         _tell(batch, stages, force, as_json)
-        return
+        end(batch)
     with messages():
         from tokenflow_batch.console import progress_bars
         from tokenflow_batch.distributed import Team
@@ -173,7 +188,7 @@ def run_or_tell(
         team = Team.of_launch()
         with (
             nullcontext() if scratch is None else own_folder(scratch) as own,
-            progress_bars(shown=team.leads) as progress,
+            progress_bars(shown=team.leads, team=team) as progress,
         ):
             runner = Runner(replace(batch, scratch=own), progress, team)
             results = runner.run(
@@ -184,16 +199,15 @@ def run_or_tell(
             raise typer.Exit
     found = costs(runner, results) if tuple(stages) == ("report",) else {}
     if as_json:
-        typer.echo(json.dumps({"jobs": [_as_json(r, found) for r in results]}, indent=1))
+        told = {"jobs": [_as_json(r, found) for r in results], "mistakes": batch.mistakes}
+        typer.echo(json.dumps(told, indent=1))
     else:
         _print(results, found)
-    failed = sum(r.error is not None for r in results)
-    if failed and not as_json:
-        typer.echo(f"{failed} of {len(batch.jobs)} jobs failed", err=True)
+        _print_failed(batch, results)
     if len(results) < len(batch.jobs):
         left = len(batch.jobs) - len(results)
         typer.echo(f"stopped at the first failure: {left} jobs were not begun", err=True)
-    raise typer.Exit(exit_code(results))
+    raise typer.Exit(exit_code(results, len(batch.mistakes)))
 
 
 def _as_json(result: JobResult, found: Mapping[str, Costs]) -> dict[str, object]:
@@ -205,7 +219,8 @@ def _as_json(result: JobResult, found: Mapping[str, Costs]) -> dict[str, object]
         "ran": result.ran,
         "skipped": result.skipped,
         "outputs": [str(path) for path in result.outputs],
-        "error": error and {"message": error.message, "code": error.exit_code},
+        "where": result.job.where,
+        "error": error and {"message": error.message, "hint": error.hint, "code": error.exit_code},
         **work,
     }
 
@@ -219,6 +234,20 @@ def _print(results: Sequence[JobResult], found: Mapping[str, Costs]) -> None:
                 typer.echo(f"  {path}")
             if r.job.name in found:
                 show(found[r.job.name])
+
+
+def _print_failed(batch: Batch, results: Sequence[JobResult]) -> None:
+    """What went wrong once more, at the end, where it is seen."""
+    failed = [r for r in results if r.error is not None]
+    if failed:
+        typer.echo(f"{len(failed)} of {len(batch.jobs)} jobs failed:", err=True)
+    for result in failed:
+        first = result.error.message.splitlines()[0] if result.error else ""
+        typer.echo(f"  {result.job.name}: {first}", err=True)
+    if batch.mistakes:
+        typer.echo(f"{len(batch.mistakes)} mistakes in the manifest:", err=True)
+    for mistake in batch.mistakes:
+        typer.echo(f"  {mistake}", err=True)
 
 
 def _tell(
