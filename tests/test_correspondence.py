@@ -10,6 +10,7 @@ from tokenflow_batch.arrays import index_dtype
 from tokenflow_batch.tokenflow import correspondence
 from tokenflow_batch.tokenflow.correspondence import (
     choose_backend,
+    first_largest,
     match_frames,
     nearest,
     normalise,
@@ -88,6 +89,16 @@ def test_the_twin_s_tiles_do_not_show(tile, monkeypatch):
     whole = nearest(query, candidates, "torch")
     monkeypatch.setattr(correspondence, "_TILE", tile)
     assert torch.equal(nearest(query, candidates, "torch"), whole)
+
+
+@pytest.mark.parametrize("width", [1, 63, 64, 128, 640])
+def test_of_equal_similarities_the_first_is_taken(width):
+    generator = torch.Generator().manual_seed(9)
+    similar = torch.randint(-2, 3, (50, width), generator=generator).float()
+    similar[1] = -7
+    similar[2, width // 2] = float("nan")
+    assert torch.equal(first_largest(similar), similar.argmax(dim=1))
+    assert first_largest(similar)[0] == similar[0].tolist().index(similar[0].max())
 
 
 @backends

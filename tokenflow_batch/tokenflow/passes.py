@@ -160,15 +160,25 @@ class KeyframePass:
                 continue
             if anchors:
                 joined.append(self._together(attn, q[:anchors], k[:anchors], v[:anchors]))
-                seen = [a for a in range(frames) if a >= anchors or self.foreign[a]]
-                q, k, v = q[anchors:], k[seen], v[seen]
+                q, k, v = q[anchors:], k[self._seen(frames)], v[self._seen(frames)]
             joined.append(self._together(attn, q, k, v))
         out_NLC: Tensor = attn.to_out[1](attn.to_out[0](torch.cat(joined)))
         self.outputs[site.index] = out_NLC.unflatten(0, (self.branches, frames))[:, anchors:]
         return out_NLC
 
+    def _seen(self, frames: int) -> slice | list[int]:
+        """Whom the window's keyframes attend to; a slice, which copies nothing, where it can."""
+        if all(self.foreign):
+            return slice(None)
+        anchors = len(self.foreign)
+        return [a for a in range(frames) if a >= anchors or self.foreign[a]]
+
     def _together(self, attn: Any, q_KHLD: Tensor, k_MHLD: Tensor, v_MHLD: Tensor) -> Tensor:
-        """Attention of frames to the tokens of all given ones as one sequence, (K, L, H·D)."""
+        """Attention of frames to the tokens of all given ones as one sequence, (K, L, H·D).
+
+        All frames' queries are one sequence too, so that there is one K and one V for all of them;
+        both are views of what the projections gave.
+        """
         q, k, v = (x.transpose(0, 1).flatten(1, 2).unsqueeze(0) for x in (q_KHLD, k_MHLD, v_MHLD))
         out = merge_heads(attend(q, k, v, attn.scale, self.attention))
         return out.reshape(len(q_KHLD), q_KHLD.shape[2], -1)
