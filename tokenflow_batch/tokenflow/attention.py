@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenflow_batch.clock import measured
+from tokenflow_batch.tokenflow.compiled import uncompiled
 from tokenflow_batch.tokenflow.injection import CONV_SITE, Site, attention_sites, conv_module
 
 P = TypeVar("P", bound="Pass")
@@ -87,8 +88,9 @@ def _head_by_head(q_NHLD: Tensor, k_NHMD: Tensor, v_NHMD: Tensor, scale: float) 
     n, heads, length, width = q_NHLD.shape
     out_NHLD = q_NHLD.new_empty(n, length, heads, width).transpose(1, 2)
     for h in range(heads):
-        own = (x[:, h : h + 1].contiguous() for x in (q_NHLD, k_NHMD, v_NHMD))
-        out_NHLD[:, h : h + 1] = torch.nn.functional.scaled_dot_product_attention(*own, scale=scale)
+        q, k, v = (x[:, h : h + 1].contiguous() for x in (q_NHLD, k_NHMD, v_NHMD))
+        one = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scale)
+        out_NHLD[:, h : h + 1] = one
     return out_NHLD
 
 
@@ -191,12 +193,13 @@ def tokenflow_hooks(
     def on_conv(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:  # noqa: ARG001
         return None if hooks.active is None else hooks.active.conv_features(output)
 
-    handle = conv.register_forward_hook(on_conv)
-    try:
-        for site, module, original in zip(hooks.sites, modules, originals, strict=True):
-            module.processor = _Processor(site, hooks, original)  # type: ignore[assignment]
-        yield hooks
-    finally:
-        handle.remove()
-        for module, original in zip(modules, originals, strict=True):
-            module.processor = original
+    with uncompiled(unet.get_submodule(conv_site)):
+        handle = conv.register_forward_hook(on_conv)
+        try:
+            for site, module, original in zip(hooks.sites, modules, originals, strict=True):
+                module.processor = _Processor(site, hooks, original)  # type: ignore[assignment]
+            yield hooks
+        finally:
+            handle.remove()
+            for module, original in zip(modules, originals, strict=True):
+                module.processor = original
