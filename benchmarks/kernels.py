@@ -23,7 +23,7 @@ import datetime
 import json
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
@@ -113,7 +113,7 @@ def ceiling_runs(machine: Machine, side: int) -> tuple[dict[str, Run], dict[str,
     tokens, width = FINEST
     q, k = (machine.random(tokens, width, seed=s) for s in (2, 3))
     similar = torch.empty(tokens, tokens, dtype=machine.dtype, device=machine.device)
-    source = machine.random(1 << 26)
+    source = machine.random(min(1 << 26, 4 * side**2))
     target = torch.empty_like(source)
     runs: dict[str, Run] = {
         "matmul_square": lambda: torch.mm(a, b, out=square),
@@ -128,11 +128,13 @@ def ceiling_runs(machine: Machine, side: int) -> tuple[dict[str, Run], dict[str,
     return runs, amounts
 
 
-def correspondence(machine: Machine, rounds: int, side: int = 4096) -> dict[str, Any]:
+def correspondence(
+    machine: Machine, rounds: int, side: int = 4096, sizes: Sequence[tuple[int, int]] = SIZES
+) -> dict[str, Any]:
     """Milliseconds of every backend at every size, and what share of the ceiling they are."""
     own, amounts = ceiling_runs(machine, side)
     searches: dict[tuple[int, int], dict[str, Run]] = {}
-    for tokens, width in SIZES:
+    for tokens, width in sizes:
         q, k = (machine.random(tokens, width, seed=s, dtype=torch.float32) for s in (4, 5))
         searches[tokens, width] = searching(machine, q, k)
     runs = {**own}
@@ -175,13 +177,16 @@ def searching(machine: Machine, query: Tensor, candidates: Tensor) -> dict[str, 
     return runs
 
 
-def attention(machine: Machine, keyframes: int, tokens: int = FINEST[0]) -> dict[str, Any]:
+def attention(
+    machine: Machine, keyframes: int, tokens: int = FINEST[0], side: int = 4096
+) -> dict[str, Any]:
     """Rate and memory of one branch's extended attention; call it in a process of its own.
 
     Args:
         machine: where.
         keyframes: K, of `tokens` tokens each.
         tokens: HW.
+        side: of the square product.
     """
     machine.prepare()
     backend = choose_attention("auto", "cuda" if machine.gpu else "cpu")
@@ -190,7 +195,7 @@ def attention(machine: Machine, keyframes: int, tokens: int = FINEST[0]) -> dict
         machine.random(keyframes, tokens, HEADS, width, seed=s).transpose(1, 2) for s in range(3)
     )
     run = extended(q, k, v, backend)
-    own, amounts = ceiling_runs(machine, 4096)
+    own, amounts = ceiling_runs(machine, side)
     square = {"matmul_square": own["matmul_square"]}
     extended(q[:1], k[:1], v[:1], backend)()  # libraries allocate at the first call
     before = best(machine, square, 2)
