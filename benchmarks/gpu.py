@@ -225,7 +225,7 @@ def bench(machine: Machine, shape: Shape, unet: Any) -> Iterator[Bench]:
 
 def autoencoder(machine: Machine, shape: Shape) -> dict[str, float]:
     """Seconds a frame to encode and to decode, four frames at a time."""
-    vae = shape.vae(machine)
+    vae: Any = shape.vae(machine)
     pixels = machine.random(4, 3, shape.pixels, shape.pixels)
     latents = machine.random(4, *shape.latent)
     runs = {"encode": lambda: vae.encode(pixels), "decode": lambda: vae.decode(latents)}
@@ -311,9 +311,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     machine = Machine(device, half, args.threads)
     machine.prepare()
     shape = SMALL if args.small else Shape()
-    side, rounds, sizes, many = (256, 1, ((64, 32),), (2, 64))
-    if not args.small:
-        side, rounds, sizes, many = 4096, 9, SIZES, (16, FINEST[0])
+    side, rounds, sizes, many = 4096, 9, SIZES, (16, FINEST[0])
+    if args.small:
+        side, rounds, sizes, many = 256, 1, SIZES[:1], (2, 64)
     wide = replace(machine, dtype=torch.float32)
     kernels = {
         "correspondence": correspondence(wide, rounds, side, sizes),
