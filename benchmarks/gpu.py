@@ -29,7 +29,7 @@ from typing import Any, Final
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from kernels import FINEST, SIZES, Machine, attention, correspondence, peak, reset_peak
+from kernels import FINEST, SIZES, Machine, Run, attention, correspondence, peak, reset_peak
 from torch import Tensor
 
 from tokenflow_batch.tokenflow.attention import Hooks, choose_attention, tokenflow_hooks
@@ -228,7 +228,10 @@ def autoencoder(machine: Machine, shape: Shape) -> dict[str, float]:
     vae: Any = shape.vae(machine)
     pixels = machine.random(4, 3, shape.pixels, shape.pixels)
     latents = machine.random(4, *shape.latent)
-    runs = {"encode": lambda: vae.encode(pixels), "decode": lambda: vae.decode(latents)}
+    runs: dict[str, Run] = {
+        "encode": lambda: vae.encode(pixels),
+        "decode": lambda: vae.decode(latents),
+    }
     with torch.no_grad():
         for run in runs.values():
             run()

@@ -173,6 +173,7 @@ def predict_window(
             part = slice(start, start + settings.batch)
             batch, near = window.frames[part], window.neighbours[part]
             spread = _propagation_pass(settings, joint, inputs, batch, near, step)
+            spread.pin(denoiser.device)
             yield spread, call.read(batch, spread.branches), len(batch)
 
     for spread, latents, frames in ahead(passes(), 1):

@@ -73,7 +73,7 @@ def inject_conv(
     parts = list(features.chunk(branches))
     if source_NChw is None:
         source_NChw = parts[0]
-    parts[-edited:] = [source_NChw.to(features)] * edited
+    parts[-edited:] = [source_NChw.to(features, non_blocking=True)] * edited
     return torch.cat(parts)
 
 
@@ -248,6 +248,14 @@ class PropagationPass:
         weight_N11 = torch.tensor([n.weight for n in self.neighbours]).to(first).view(-1, 1, 1)
         return (weight_N11 * first + (1 - weight_N11) * second).flatten(0, 1)
 
+    def pin(self, device: torch.device) -> None:
+        """Have the stored features ready for a GPU to fetch by itself, while it computes.
+
+        For the thread that reads ahead. On a CPU there is nothing to do.
+        """
+        if device.type == "cuda" and self.stored_conv_NChw is not None:
+            self.stored_conv_NChw = self.stored_conv_NChw.pin_memory()
+
     def _sides(self, site: Site, out_RKLC: Tensor, index_N2L: Tensor) -> tuple[Tensor, Tensor]:
         """What either keyframe gives, (R, N, L, C) each."""
         keyframes = [[near_k(n, side) for n in self.neighbours] for side in (0, 1)]
@@ -269,7 +277,8 @@ class PropagationPass:
 
     def _correspondences(self, site: Site, tokens_NLC: Tensor) -> Tensor:
         if self.stored_index is not None:
-            return self.stored_index[site.index]
+            # Votes are counted where the tokens are.
+            return self.stored_index[site.index].to(tokens_NLC.device)
         source_NLC = tokens_NLC.chunk(self.branches)[0]
         keyframes_KLC = self.keyframe_pass.tokens[site.index]
         return match_frames(source_NLC, keyframes_KLC, self.neighbours, self.matching)
