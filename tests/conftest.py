@@ -1,8 +1,15 @@
 """What several test files share: a tiny random model, and one thread to compute in."""
 
+import os
+
 import hypothesis
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # Triton's kernel is tested in its interpreter; diffusers imports Triton, which reads this then.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from tiny_model import tiny_pipeline, tiny_unet
 
 from tokenflow_batch.config import Runtime

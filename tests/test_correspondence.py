@@ -1,5 +1,7 @@
 """Nearest neighbours by cosine: FAISS and its torch twin under one suite, against brute force."""
 
+import importlib.util
+
 import numpy as np
 import pytest
 import torch
@@ -10,20 +12,39 @@ from tokenflow_batch.arrays import index_dtype
 from tokenflow_batch.tokenflow import correspondence
 from tokenflow_batch.tokenflow.correspondence import (
     choose_backend,
-    match_frames,
-    nearest,
+    first_largest,
     normalise,
     side_by_side,
     vote,
 )
 from tokenflow_batch.tokenflow.keyframes import Neighbours, true_neighbours
 
-backends = pytest.mark.parametrize("backend", ["faiss", "torch"])
+GPU = torch.cuda.is_available()
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None,
+    reason="triton is not installed (its wheels are part of torch's for CUDA)",
+)
+TRITON = pytest.param("triton", marks=needs_triton)
+backends = pytest.mark.parametrize("backend", ["faiss", "torch", TRITON])
 SIZES = [(1, 1, 1), (5, 3, 2), (128, 128, 16), (300, 70, 40), (64, 513, 320)]
 
 
 def tokens(seed, *shape):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def to_device(backend, *tensors):
+    """Triton's kernel runs on a GPU where there is one, else on the CPU in its interpreter."""
+    return [t.to("cuda" if backend == "triton" and GPU else "cpu") for t in tensors]
+
+
+def nearest(query, candidates, backend):
+    return correspondence.nearest(*to_device(backend, query, candidates), backend).cpu()
+
+
+def match_frames(frames, keyframes, near, backend):
+    on = to_device(backend, frames, keyframes)
+    return correspondence.match_frames(*on, near, backend).cpu()
 
 
 def cosines(query, candidates):
@@ -50,10 +71,11 @@ def test_each_token_finds_the_one_with_the_largest_cosine(backend, n, m, width):
     assert np.array_equal(found.numpy()[clear], similar.argmax(axis=1)[clear])
 
 
+@pytest.mark.parametrize("other", ["faiss", TRITON])
 @pytest.mark.parametrize(("n", "m", "width"), SIZES)
-def test_both_backends_find_the_same(n, m, width):
+def test_all_backends_find_the_same(n, m, width, other):
     query, candidates = normalise(tokens(2, n, width)), normalise(tokens(3, m, width))
-    first, second = (nearest(query, candidates, b) for b in ("faiss", "torch"))
+    first, second = (nearest(query, candidates, b) for b in (other, "torch"))
     tied = (query * (candidates[first] - candidates[second])).sum(-1).abs() < 1e-6
     assert torch.equal(first[~tied], second[~tied])
     assert (first == second).float().mean() > 0.99 or width == 1
@@ -90,6 +112,16 @@ def test_the_twin_s_tiles_do_not_show(tile, monkeypatch):
     assert torch.equal(nearest(query, candidates, "torch"), whole)
 
 
+@pytest.mark.parametrize("width", [1, 63, 64, 128, 640])
+def test_of_equal_similarities_the_first_is_taken(width):
+    generator = torch.Generator().manual_seed(9)
+    similar = torch.randint(-2, 3, (50, width), generator=generator).float()
+    similar[1] = -7
+    similar[2, width // 2] = float("nan")
+    assert torch.equal(first_largest(similar), similar.argmax(dim=1))
+    assert first_largest(similar)[0] == similar[0].tolist().index(similar[0].max())
+
+
 @backends
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_tokens_of_any_magnitude_are_compared_rightly(backend, dtype):
@@ -100,6 +132,32 @@ def test_half_precision_tokens_of_any_magnitude_are_compared_rightly(backend, dt
         assert unit.dtype == torch.float32
         torch.testing.assert_close(unit.norm(dim=-1), torch.ones(50))
         assert torch.equal(nearest(unit, unit, backend), torch.arange(50))
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_fused_kernel_normalises_tokens_of_any_length(dtype):
+    if dtype == torch.bfloat16 and not GPU:
+        pytest.skip("Triton's interpreter can't multiply bfloat16")
+    length = torch.linspace(0.01, 100, 300).view(-1, 1)
+    query, candidates = tokens(10, 70, 40).to(dtype), (tokens(11, 300, 40) * length).to(dtype)
+    exact = nearest(normalise(query), normalise(candidates), "torch")
+    similar = cosines(query.float(), candidates.float())
+    assert torch.equal(nearest(query, candidates, "triton"), exact)
+    assert np.array_equal(exact.numpy(), similar.argmax(axis=1))
+    assert nearest(torch.zeros(3, 40), candidates.float(), "triton").tolist() == [0, 0, 0]
+
+
+@needs_triton
+@pytest.mark.parametrize("programs", [1, 3, 1000])
+def test_parts_of_the_candidates_do_not_show(programs, monkeypatch):
+    fused = importlib.import_module("tokenflow_batch.tokenflow.fused_search")
+    monkeypatch.setattr(fused, "_PROGRAMS", programs)
+    unit, repeated = normalise(tokens(12, 100, 16)), normalise(tokens(13, 130, 16))
+    candidates = torch.cat([repeated, repeated, repeated])
+    found = nearest(unit, candidates, "triton")
+    assert torch.equal(found, nearest(unit, candidates, "torch"))
+    assert found.max() < 130
 
 
 def test_a_zero_token_is_no_nan():
@@ -168,11 +226,22 @@ def test_which_backend_is_taken_where():
     assert choose_backend("torch", "cuda") == "torch"
     assert choose_backend("faiss", "cpu") == "faiss"
     if correspondence.faiss_available("cuda"):
-        assert choose_backend("auto", "cuda") == choose_backend("faiss", "cuda") == "faiss"
+        assert choose_backend("faiss", "cuda") == "faiss"
     else:
-        assert choose_backend("auto", "cuda") == "torch"
         with pytest.raises(ValueError, match="FAISS has no support for cuda"):
             choose_backend("faiss", "cuda")
+    with pytest.raises(ValueError, match="Triton's kernel doesn't work on cpu"):
+        choose_backend("triton", "cpu")
+
+
+@pytest.mark.parametrize(
+    ("triton", "faiss", "taken"),
+    [(True, True, "triton"), (False, True, "faiss"), (False, False, "torch")],
+)
+def test_on_a_gpu_what_works_is_taken(triton, faiss, taken, monkeypatch):
+    monkeypatch.setattr(correspondence, "triton_works", lambda _: triton)
+    monkeypatch.setattr(correspondence, "faiss_available", lambda _: faiss)
+    assert choose_backend("auto", "cuda") == taken
 
 
 # -- votes -----------------------------------------------------------------------------------

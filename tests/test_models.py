@@ -239,11 +239,32 @@ def test_what_is_no_model_is_refused(tmp_path, monkeypatch, model, reason):
         ({"device": "cuda:99"}, "runtime: "),
         ({"device": "toaster"}, "runtime: "),
         ({"device": "cpu", "attention": "xformers"}, "no attention kernel"),
+        ({"device": "cpu", "correspondence": "triton"}, "kernel doesn't work on cpu"),
     ],
 )
 def test_a_runtime_that_is_not_there_is_refused(runtime, reason):
     with pytest.raises(ModelError, match=reason):
         resolve(Runtime(**runtime))
+
+
+def test_channels_last_is_the_default_and_can_be_turned_off(tiny_model, compute):
+    plain = resolve(Runtime(device="cpu", dtype="fp32", threads=1, channels_last=False))
+    weights = [loaded(tiny_model, c).unet.conv_in.weight for c in (compute, plain)]
+    layouts = [w.is_contiguous(memory_format=torch.channels_last) for w in weights]
+    assert layouts == [True, False]
+    assert torch.equal(*weights)
+    assert "memory_format" not in compute.numerics()
+    assert plain.numerics() == {**compute.numerics(), "memory_format": "channels first"}
+
+
+def test_to_compile_needs_a_compiler_and_is_told_in_the_record(compute, monkeypatch):
+    wanted = Runtime(device="cpu", dtype="fp32", threads=1, compile=True)
+    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
+    compiled = resolve(wanted)
+    assert set(compiled.numerics()) - set(compute.numerics()) == {"compile"}
+    monkeypatch.setattr("shutil.which", lambda name: None)  # noqa: ARG005
+    with pytest.raises(ModelError, match=r"torch\.compile has no compiler for cpu"):
+        resolve(wanted)
 
 
 # -- identity --------------------------------------------------------------------------------

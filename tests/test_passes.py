@@ -6,7 +6,9 @@ import torch
 from tiny_model import CHANNELS, WIDTH
 from unet_probe import CONV, Recorder, evaluate, normal
 
+from tokenflow_batch.tokenflow import passes
 from tokenflow_batch.tokenflow.attention import (
+    _LONG,
     attend,
     choose_attention,
     merge_heads,
@@ -142,6 +144,31 @@ def test_sdpa_is_eager_attention_up_to_rounding(tokens, keys):
     q, k, v = normal(0, 2, 4, tokens, 8), normal(1, 2, 4, keys, 8), normal(2, 2, 4, keys, 8)
     eager, sdpa = (attend(q * 3, k, v, 0.35, backend) for backend in ("eager", "sdpa"))
     torch.testing.assert_close(eager, sdpa, atol=1e-5, rtol=1e-5)
+
+
+def test_long_sequences_are_attended_to_head_by_head_with_the_same_bits():
+    heads = 3
+    q, k, v = (split_heads(normal(s, 1, _LONG + 7, heads * 8), heads) for s in range(3))
+    got = attend(q[:, :, :300], k, v, 0.4, "sdpa")
+    whole = torch.nn.functional.scaled_dot_product_attention(q[:, :, :300], k, v, scale=0.4)
+    assert torch.equal(got, whole)
+    assert merge_heads(got).data_ptr() == got.data_ptr()
+
+
+def test_keyframes_in_one_sequence_share_keys_and_values_without_a_copy(unet, monkeypatch):
+    joint, memory = keyframe_pass(branches=2, attention="sdpa", keep_tokens=False), []
+
+    def seen(q, k, v, scale, backend):
+        memory.append(
+            [x.untyped_storage().nbytes() // (x.element_size() * x.numel()) for x in (k, v)]
+        )
+        return attend(q, k, v, scale, backend)
+
+    monkeypatch.setattr(passes, "attend", seen)
+    with tokenflow_hooks(unet, "sdpa") as hooks, hooks.during(joint):
+        evaluate(unet, normal(0, 2 * K, CHANNELS, 8, 8))
+    # Both branches' projections are one tensor, of which each branch's sequence is a view.
+    assert memory == [[2, 2]] * (2 * len(hooks.sites))
 
 
 def test_heads_are_split_as_diffusers_does_and_put_together_again(unet):

@@ -64,7 +64,9 @@ class Runtime(Frozen):
     dtype: Dtype = Field("auto", description="fp16 on a GPU and fp32 on a CPU unless set")
     threads: int = Field(2, ge=1, le=1024, description="CPU threads of every process")
     attention: Literal["auto", "sdpa", "xformers"] = "auto"
-    correspondence: Literal["auto", "faiss", "torch"] = "auto"
+    correspondence: Literal["auto", "faiss", "torch", "triton"] = "auto"
+    channels_last: bool = Field(True, description="how the model's images lie in memory")
+    compile: bool = Field(False, description="the UNet's parts through torch.compile")
     edits_together: int = Field(
         16, ge=1, le=1000, description="edits of a clip that go side by side, on one reading of it"
     )

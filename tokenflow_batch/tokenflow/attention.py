@@ -18,10 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from tokenflow_batch.clock import measured
+from tokenflow_batch.tokenflow.compiled import uncompiled
 from tokenflow_batch.tokenflow.injection import CONV_SITE, Site, attention_sites, conv_module
 
 P = TypeVar("P", bound="Pass")
 AttentionBackend = Literal["sdpa", "xformers", "eager"]
+
+_LONG = 4096
+"""Keys from which on a CPU's kernel is given one head at a time."""
 
 
 def choose_attention(wanted: str, device_type: str) -> AttentionBackend:
@@ -57,8 +61,9 @@ def attend(
 ) -> Tensor:
     """Softmax attention, (N, H, L, D).
 
-    `sdpa` and `xformers` never hold the L × M matrix. `eager` does: it is the published code's
-    arithmetic, whose rounding decides near-ties between tokens, for comparison with its vectors.
+    `sdpa` and `xformers` never hold the L × M matrix, and take heads as `split_heads` leaves them,
+    without a copy. `eager` does hold it: it is the published code's arithmetic, whose rounding
+    decides near-ties between tokens, for comparison with its vectors.
     """
     if backend == "eager":
         weights = torch.softmax(q_NHLD @ k_NHMD.transpose(-1, -2) * scale, dim=-1)
@@ -68,7 +73,25 @@ def attend(
 
         rows = [x.transpose(1, 2).contiguous() for x in (q_NHLD, k_NHMD, v_NHMD)]
         return cast(Tensor, memory_efficient_attention(*rows, scale=scale)).transpose(1, 2)
+    if q_NHLD.device.type == "cpu" and k_NHMD.shape[2] >= _LONG:
+        return _head_by_head(q_NHLD, k_NHMD, v_NHMD, scale)
     return torch.nn.functional.scaled_dot_product_attention(q_NHLD, k_NHMD, v_NHMD, scale=scale)
+
+
+def _head_by_head(q_NHLD: Tensor, k_NHMD: Tensor, v_NHMD: Tensor, scale: float) -> Tensor:
+    """SDPA with each head's tokens made contiguous for as long as it is at work: the same bits.
+
+    A CPU's kernel reads each block of keys and values again for each block of queries, which is
+    slower by a tenth where the heads lie interleaved; copying all heads at once would double the
+    keys and values of a window.
+    """
+    n, heads, length, width = q_NHLD.shape
+    out_NHLD = q_NHLD.new_empty(n, length, heads, width).transpose(1, 2)
+    for h in range(heads):
+        q, k, v = (x[:, h : h + 1].contiguous() for x in (q_NHLD, k_NHMD, v_NHMD))
+        one = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scale)
+        out_NHLD[:, h : h + 1] = one
+    return out_NHLD
 
 
 def split_heads(x_NLC: Tensor, heads: int) -> Tensor:
@@ -173,12 +196,13 @@ def tokenflow_hooks(
     def on_conv(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:  # noqa: ARG001
         return None if hooks.active is None else hooks.active.conv_features(output)
 
-    handle = conv.register_forward_hook(on_conv)
-    try:
-        for site, module, original in zip(hooks.sites, modules, originals, strict=True):
-            module.processor = _Processor(site, hooks, original)  # type: ignore[assignment]
-        yield hooks
-    finally:
-        handle.remove()
-        for module, original in zip(modules, originals, strict=True):
-            module.processor = original
+    with uncompiled(unet.get_submodule(conv_site)):
+        handle = conv.register_forward_hook(on_conv)
+        try:
+            for site, module, original in zip(hooks.sites, modules, originals, strict=True):
+                module.processor = _Processor(site, hooks, original)  # type: ignore[assignment]
+            yield hooks
+        finally:
+            handle.remove()
+            for module, original in zip(modules, originals, strict=True):
+                module.processor = original

@@ -221,6 +221,7 @@ def predict_window(
             part = slice(start, start + settings.batch)
             batch, near = window.frames[part], window.neighbours[part]
             spread = _propagation_pass(settings, joint, inputs, batch, near, step)
+            spread.pin(denoiser.device)
             others = [f for f in batch if f not in window.keyframes] if recompute else []
             source = inputs.source(others) if others else None
             yield spread, call.read(batch, spread.branches), batch, source

@@ -107,7 +107,7 @@ def inject_conv(
     parts = list(features.chunk(branches))
     if source_NChw is None:
         source_NChw = parts[0]
-    parts[-edited:] = [source_NChw.to(features)] * edited
+    parts[-edited:] = [source_NChw.to(features, non_blocking=True)] * edited
     return torch.cat(parts)
 
 
@@ -196,15 +196,25 @@ class KeyframePass:
                 continue
             if anchors:
                 joined.append(self._together(attn, q[:anchors], k[:anchors], v[:anchors]))
-                seen = [a for a in range(frames) if a >= anchors or self.foreign[a]]
-                q, k, v = q[anchors:], k[seen], v[seen]
+                q, k, v = q[anchors:], k[self._seen(frames)], v[self._seen(frames)]
             joined.append(self._together(attn, q, k, v))
         out_NLC: Tensor = attn.to_out[1](attn.to_out[0](torch.cat(joined)))
         self.outputs[site.index] = out_NLC.unflatten(0, (self.branches, frames))[:, anchors:]
         return out_NLC
 
+    def _seen(self, frames: int) -> slice | list[int]:
+        """Whom the window's keyframes attend to; a slice, which copies nothing, where it can."""
+        if all(self.foreign):
+            return slice(None)
+        anchors = len(self.foreign)
+        return [a for a in range(frames) if a >= anchors or self.foreign[a]]
+
     def _together(self, attn: Any, q_KHLD: Tensor, k_MHLD: Tensor, v_MHLD: Tensor) -> Tensor:
-        """Attention of frames to the tokens of all given ones as one sequence, (K, L, H·D)."""
+        """Attention of frames to the tokens of all given ones as one sequence, (K, L, H·D).
+
+        All frames' queries are one sequence too, so that there is one K and one V for all of them;
+        both are views of what the projections gave.
+        """
         q, k, v = (x.transpose(0, 1).flatten(1, 2).unsqueeze(0) for x in (q_KHLD, k_MHLD, v_MHLD))
         out = merge_heads(attend(q, k, v, attn.scale, self.attention))
         return out.reshape(len(q_KHLD), q_KHLD.shape[2], -1)
@@ -278,6 +288,14 @@ class PropagationPass:
         weight_N11 = torch.tensor([n.weight for n in self.neighbours]).to(first).view(-1, 1, 1)
         return (weight_N11 * first + (1 - weight_N11) * second).flatten(0, 1)
 
+    def pin(self, device: torch.device) -> None:
+        """Have the stored features ready for a GPU to fetch by itself, while it computes.
+
+        For the thread that reads ahead. On a CPU there is nothing to do.
+        """
+        if device.type == "cuda" and self.stored_conv_NChw is not None:
+            self.stored_conv_NChw = self.stored_conv_NChw.pin_memory()
+
     def _sides(self, site: Site, out_RKLC: Tensor, index_N2L: Tensor) -> tuple[Tensor, Tensor]:
         """What either keyframe gives, (R, N, L, C) each."""
         keyframes = [[near_k(n, side) for n in self.neighbours] for side in (0, 1)]
@@ -299,7 +317,8 @@ class PropagationPass:
 
     def _correspondences(self, site: Site, tokens_NLC: Tensor) -> Tensor:
         if self.stored_index is not None:
-            return self.stored_index[site.index]
+            # Votes are counted where the tokens are.
+            return self.stored_index[site.index].to(tokens_NLC.device)
         source_NLC = tokens_NLC.chunk(self.branches)[0]
         keyframes_KLC = self.keyframe_pass.tokens[site.index]
         return match_frames(source_NLC, keyframes_KLC, self.neighbours, self.matching)
