@@ -75,7 +75,7 @@ def test_a_compiled_unet_does_what_it_did_with_and_without_seams(backend, only, 
     monkeypatch.setattr(compiled, "compilable", lambda _: parts)
     compile_parts(unet, backend)
     after, again = passes(unet, x), passes(unet, x)
-    assert torch._dynamo.utils.counters["frames"]["ok"] >= len(parts)
+    assert torch._dynamo.utils.counters["frames"]["ok"] > 0  # parts alike share a graph
     for one, other, repeated in zip(before, after, again, strict=True):
         assert torch.equal(other, repeated)
         torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-4)
