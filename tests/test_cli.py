@@ -262,7 +262,7 @@ def test_fail_fast_stops_at_the_first_failure(two_by_two):
     answer = command("run", two_by_two, "--json")
     codes = [job["error"] and job["error"]["code"] for job in json.loads(answer.stdout)["jobs"]]
     assert codes == [4, 4, None, None]
-    assert answer.exit_code == 4
+    assert answer.exit_code == 20 + 2
 
 
 def test_a_stage_that_runs_tells_where_and_how_far(tmp_path, tiny_model):
