@@ -25,8 +25,10 @@ from tokenflow_batch.plan import edit_flops, layout_of, partial_row_count, row_c
 from tokenflow_batch.stage_names import StageName
 from tokenflow_batch.tokenflow.modes import MODES
 
-RECORD, FILE, STAGE_FILES = 170, 190, 1900
+RECORD, FILE, STAGE_FILES = 200, 120, 3700
 """Bytes of a commit record, of a file's line in it, of a stage's own JSON files: as written."""
+COUNTED = 140
+"""Bytes of what the record of a unit that the model worked on says of that (rows, seconds)."""
 PIXEL_BYTES: Mapping[StageName, float] = {"render": 4.0, "report": 8.0}
 """Video bytes per latent pixel and frame (64 pixels) where nothing was measured: a guess."""
 RATIO = 0.5
@@ -263,7 +265,8 @@ class JobSizes:
         noise = specs.pop("noise").stored_bytes(windows[0])
         state = sum(spec.stored_bytes(1) for spec in specs.values())
         steps = s.steps - s.first_step
-        records = _records(steps * self._chunks, len(specs)) + steps * windows[0] * (RECORD + FILE)
+        records = _records(steps * windows[0])
+        records += steps * self._chunks * (RECORD + len(specs) * FILE)  # where latents advance
         return state + records, state + noise
 
     def _render(self) -> tuple[int, int]:
@@ -281,7 +284,7 @@ class JobSizes:
 
 
 def _records(units: int, files: int = 1) -> int:
-    return STAGE_FILES + units * (RECORD + files * FILE)
+    return STAGE_FILES + units * (RECORD + COUNTED + files * FILE)
 
 
 _COUNTED = attrgetter(
