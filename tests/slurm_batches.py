@@ -66,13 +66,16 @@ def status(manifest):
 
 
 def units(manifest):
-    """What the ledger holds, looked up here: clip/edit → (units, whether complete) by stage."""
+    """What the ledger holds, looked up here: clip/edit → (units of work, all, whether complete)."""
     jobs = load(manifest).jobs
     folders = {
         job.name: [folder_of(manifest, stage, n) for stage in STAGES] for n, job in enumerate(jobs)
     }
     return {
-        name: [(sum(1 for _ in one.units()), one.complete) for one in found]
+        name: [
+            (sum("-" in unit for unit in one.units()), len(list(one.units())), one.complete)
+            for one in found
+        ]
         for name, found in folders.items()
     }
 
@@ -82,8 +85,8 @@ def sampled(manifest):
     before, told, after = units(manifest), status(manifest), units(manifest)
     for job, (stages, published) in told.items():
         for least, stage, most in zip(before[job], stages, after[job], strict=True):
-            assert least[0] <= stage["units"] <= most[0]
-            assert least[1] <= (stage["state"] == "done") <= most[1]
+            assert least[0] <= stage["units"] <= most[1]
+            assert least[2] <= (stage["state"] == "done") <= most[2]
         if published:
             assert (manifest.parent / "out" / f"{job}.mp4").is_file()
     return told

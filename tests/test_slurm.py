@@ -124,7 +124,7 @@ def test_a_broken_clip_holds_no_other_back_and_a_killed_process_is_started_again
     assert tasks(slurm, gpu) == {0: "COMPLETED", 1: "FAILED"}
     assert tasks(slurm, cpu) == {0: "COMPLETED", 1: "CANCELLED"}
     assert slurm.details(f"{cpu}_0")["MinMemoryNode"] == "1G"
-    assert slurm.details(f"{gpu}_1")["ExitCode"] == "4:0"
+    assert slurm.details(f"{gpu}_1")["ExitCode"] == "22:0"  # two edits
     assert len(list((tmp_path / "l").glob(f"*-{gpu}_[01].log"))) == 2
     rows = read_status(load(manifest))
     assert [row.published for row in rows] == [True, True, False, False]

@@ -29,8 +29,10 @@ RECORD, FILE, STAGE_FILES = 200, 120, 3700
 """Bytes of a commit record, of a file's line in it, of a stage's own JSON files: as written."""
 COUNTED = 140
 """Bytes of what the record of a unit that the model worked on says of that (rows, seconds)."""
-PIXEL_BYTES: Mapping[StageName, float] = {"render": 4.0, "report": 8.0}
+PIXEL_BYTES: Mapping[StageName, float] = {"render": 2.0, "report": 3.0}
 """Video bytes per latent pixel and frame (64 pixels) where nothing was measured: a guess."""
+SHEET, FIGURES = 420_000, 4400
+"""Bytes of a contact sheet where none was made, a guess; of the metrics, as written."""
 RATIO = 0.5
 """Compressed over plain correspondences where nothing was measured: a guess."""
 
@@ -274,7 +276,10 @@ class JobSizes:
         return video + _records(self._chunks), video  # segments, until they are joined
 
     def _report(self) -> tuple[int, int]:
-        return self._video("report") + STAGE_FILES, 0
+        sheet = self.known.measured.sheet
+        self.known.guess(sheet)
+        sheets = SHEET if sheet is None else round(sheet)
+        return self._video("report") + sheets + FIGURES + STAGE_FILES, 0
 
     def _video(self, stage: StageName) -> int:
         measured = self.known.measured.pixel.get(stage)

@@ -101,16 +101,18 @@ class Forecast:
     @cached_property
     def scratch(self) -> int:
         """The most that is needed for a while on top of it."""
-        return max(map(self._for_a_while, STAGES))
+        return max(self._for_a_while.values())
 
-    def _for_a_while(self, stage: StageName) -> int:
-        """The most that a stage needs for a while; edits side by side need it at once."""
-        at_once = self.together if stage == "edit" else 1
-        sums = (
-            sum(job.stages[stage].scratch for job in group if job.stages)
-            for group in groups(self.jobs, lambda job: job.job.clip, at_once)
-        )
-        return max(sums, default=0)
+    @cached_property
+    def _for_a_while(self) -> dict[StageName, int]:
+        """The most that each stage needs for a while; edits side by side need it at once."""
+        known = [job for job in self.jobs if job.stages]
+        found = {
+            stage: max((job.stages[stage].scratch for job in known), default=0) for stage in STAGES
+        }
+        together = groups(known, lambda job: job.job.clip, self.together)
+        sums = (sum(job.stages["edit"].scratch for job in group) for group in together)
+        return {**found, "edit": max(sums, default=0)}
 
     @property
     def needed(self) -> int:
@@ -151,7 +153,7 @@ class Forecast:
             sum(c.rows for c in costs),
             sum(known) if len(known) == len(costs) else None,
             sum(c.bytes for c in costs),
-            self._for_a_while(stage),
+            self._for_a_while[stage],
             peak=None if any(c.peak is None for c in costs) else _largest(costs),
             partial_rows=sum(c.partial_rows for c in costs),
             flops=sum(c.flops for c in costs),

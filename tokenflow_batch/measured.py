@@ -38,7 +38,8 @@ class Measured:
         seconds: per UNet row (invert, match, edit; partial ones by their FLOPs) or per frame
             (encode, render, report).
         ratio: array name → compressed over plain bytes.
-        pixel: stage → bytes of video (and sheet) per latent pixel and frame.
+        pixel: stage → bytes of video per latent pixel and frame.
+        sheet: bytes of a contact sheet; None where none was made.
         peaks: digest of a model's part → stage → memory of its runs.
         device_bytes: memory of the device; None where it was never seen.
     """
@@ -46,6 +47,7 @@ class Measured:
     seconds: dict[RateKey, float] = field(default_factory=dict)
     ratio: dict[str, float] = field(default_factory=dict)
     pixel: dict[StageName, float] = field(default_factory=dict)
+    sheet: float | None = None
     peaks: dict[str, dict[StageName, list[Peak]]] = field(default_factory=dict)
     device_bytes: int | None = None
 
@@ -83,6 +85,7 @@ class Measured:
         sums: defaultdict[RateKey, _Sum] = defaultdict(_Sum)
         arrays: defaultdict[str, _Sum] = defaultdict(_Sum)
         pixels: defaultdict[StageName, _Sum] = defaultdict(_Sum)
+        sheets: defaultdict[str, _Sum] = defaultdict(_Sum)
         used: dict[str, dict[StageName, list[Peak]]] = {}
         for stage in STAGES:
             for folder in _newest(workspace, stage):
@@ -100,8 +103,14 @@ class Measured:
                     for name, size in files.items():
                         _array(arrays, specs, name, size)
                     if stage in ("render", "report") and "frames" in facts:
-                        pixels[stage].add(sum(files.values()), facts["frames"] * area)
-        return cls(_ratios(sums), _ratios(arrays), _ratios(pixels), used)
+                        videos = (size for name, size in files.items() if name.endswith(".mp4"))
+                        pixels[stage].add(sum(videos), facts["frames"] * area)
+                    for name, size in files.items():
+                        if name.endswith(".png"):
+                            sheets["sheet"].add(size, 1)
+        return cls(
+            _ratios(sums), _ratios(arrays), _ratios(pixels), _ratios(sheets).get("sheet"), used
+        )
 
 
 @dataclass

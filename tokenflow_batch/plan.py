@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -121,19 +121,51 @@ def row_counts(settings: Settings, frames: int, cuts: tuple[int, ...] = ()) -> d
     """
     s, mode = settings, MODES[settings.mode]
     layout = layout_of(s, frames, cuts)
-    drawn = [_drawn(s.keyframe_seed, step, layout) for step in range(s.steps)]
-    edit = 0
-    for step in range(s.first_step, s.steps):
-        joint, spread = branches_at(s, step)
-        for window in layout.windows:
-            edit += joint * (len(window.segments) + len(layout.anchors))
-            edit += spread * _predicted(layout, mode, drawn[step], window)
+    drawn = _draws(s, frames, cuts)
     match = s.steps * frames + _outside(layout, s.chunk_frames, drawn)
+    edit = _edit_work(s, frames, cuts)
     return {
         "invert": frames * s.inversion_steps * (1 + s.inversion_iterations),
         "match": match if mode.stored_source else 0,
-        "edit": edit,
+        "edit": edit.joint + edit.spread,
     }
+
+
+@dataclass(frozen=True)
+class _EditWork:
+    """What the edit's UNet calls come to.
+
+    Attributes:
+        joint: rows of the keyframe passes.
+        pairs: over these rows, how many frames each attends to besides itself.
+        spread: rows of the propagation.
+        searched: pairs of frames between which correspondences are searched on the way.
+    """
+
+    joint: int = 0
+    pairs: int = 0
+    spread: int = 0
+    searched: int = 0
+
+
+@lru_cache(maxsize=16)
+def _edit_work(s: Settings, frames: int, cuts: tuple[int, ...]) -> _EditWork:
+    mode, layout = MODES[s.mode], layout_of(s, frames, cuts)
+    anchors = len(layout.anchors)
+    sizes = [(len(window.segments), _foreign(layout, window)) for window in layout.windows]
+    together = sum(anchors + own for own, _ in sizes)
+    beside = sum(anchors * (anchors - 1) + own * (own - 1 + seen) for own, seen in sizes)
+    joint = pairs = spread = searched = 0
+    draws, counted = _draws(s, frames, cuts), _predicted_by_all(layout, mode)
+    for step in range(s.first_step, s.steps):
+        on_keyframes, on_frames = branches_at(s, step)
+        joint += on_keyframes * together
+        pairs += (1 + guidance_of(s).on(step)) * beside
+        predicted = counted(draws[step])
+        spread += on_frames * predicted
+        if not mode.stored_source:  # in both keyframes; the clip's first segment has one
+            searched += 2 * predicted - len(layout.segments[0])
+    return _EditWork(joint, pairs, spread, searched)
 
 
 def partial_row_count(settings: Settings, frames: int, cuts: tuple[int, ...] = ()) -> int:
@@ -173,21 +205,9 @@ def edit_flops(
         unet: the model's arithmetic.
         latent_hw: (h, w) of the latents.
     """
-    s, mode = settings, MODES[settings.mode]
-    layout, total = layout_of(s, frames, cuts), 0
-    for step in range(s.first_step, s.steps):
-        drawn = _drawn(s.keyframe_seed, step, layout)
-        joint, spread = branches_at(s, step)
-        edited = 1 + guidance_of(s).on(step)
-        for window in layout.windows:
-            own, foreign = len(window.segments), _foreign(layout, window)
-            branches = (joint - edited, edited)
-            total += unet.joint(latent_hw, branches, own, len(layout.anchors), foreign)
-            predicted = _predicted(layout, mode, drawn, window)
-            searched = 0
-            if not mode.stored_source:  # in both keyframes; the clip's first segment has one
-                searched = 2 * predicted - (len(window.segments[0]) if window.index == 0 else 0)
-            total += unet.propagated(latent_hw, spread * predicted, searched)
+    s, work = settings, _edit_work(settings, frames, cuts)
+    total = unet.joint(latent_hw, work.joint, work.pairs)
+    total += unet.propagated(latent_hw, work.spread, work.searched)
     partial = partial_row_count(s, frames, cuts)
     return total + (partial * unet.row(latent_hw, s.conv_site) if partial else 0)
 
@@ -205,6 +225,13 @@ def recomputes_conv(settings: Settings) -> bool:
     return wanted and MODES[s.mode].stored_source
 
 
+@lru_cache(maxsize=4)  # rows and FLOPs of a clip are asked for one after the other
+def _draws(s: Settings, frames: int, cuts: tuple[int, ...]) -> list[list[int]]:
+    """The keyframes of every step."""
+    layout = layout_of(s, frames, cuts)
+    return [_drawn(s.keyframe_seed, step, layout) for step in range(s.steps)]
+
+
 def _drawn(seed: int, step: int, layout: Layout) -> list[int]:
     """`draw_keyframes`, faster: clips without cuts differ in their last segment only."""
     if layout.cuts:
@@ -217,6 +244,18 @@ def _drawn(seed: int, step: int, layout: Layout) -> list[int]:
 @lru_cache(maxsize=1024)
 def _whole_draws(seed: int, step: int, length: int, count: int) -> list[int]:
     return draw_keyframes(seed, step, segments(count * length, length))
+
+
+def _predicted_by_all(layout: Layout, mode: Mode) -> Callable[[Sequence[int]], int]:
+    """From the keyframes of a step, how many frames all windows predict together."""
+    windows = layout.windows
+    if layout.cuts or mode.neighbours is not true_neighbours:
+        return lambda drawn: sum(_predicted(layout, mode, drawn, window) for window in windows)
+    # Without shots, what neighbouring windows share lies between two keyframes.
+    lasts = [window.segments[-1].index for window in windows[:-1]]
+    firsts = [window.segments[0].index for window in windows[1:]]
+    alone = layout.frames + len(lasts)
+    return lambda drawn: alone + sum(drawn[i] for i in lasts) - sum(drawn[i] for i in firsts)
 
 
 def _predicted(layout: Layout, mode: Mode, drawn: Sequence[int], window: Window) -> int:

@@ -83,27 +83,15 @@ class UNetFlops:
         """
         return _row(self, latent_hw, site)
 
-    def joint(
-        self,
-        latent_hw: tuple[int, int],
-        branches: tuple[int, int],
-        keyframes: int,
-        anchors: int = 0,
-        seen: int = 0,
-    ) -> int:
-        """FLOPs of a joint pass over keyframes.
+    def joint(self, latent_hw: tuple[int, int], rows: int, pairs: int) -> int:
+        """FLOPs of joint passes over keyframes.
 
         Args:
             latent_hw: (h, w) of the latents.
-            branches: how many have every frame attend to itself, how many to all.
-            keyframes: of the window.
-            anchors: frames that attend among themselves.
-            seen: how many of these the keyframes attend to, too.
+            rows: how many.
+            pairs: over these rows, how many frames each attends to besides itself.
         """
-        frames, (alone, together) = anchors + keyframes, branches
-        pairs = anchors**2 + keyframes * (keyframes + seen)
-        more = together * (pairs - frames) * self._core(latent_hw)
-        return (alone + together) * frames * self.row(latent_hw) + more
+        return rows * self.row(latent_hw) + pairs * self._core(latent_hw)
 
     def propagated(self, latent_hw: tuple[int, int], rows: int, searched: int = 0) -> int:
         """FLOPs of rows whose self-attention is replaced.

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -25,6 +28,9 @@ from tokenflow_batch.stage_names import STAGES
 if TYPE_CHECKING:
     from tokenflow_batch.config import Batch
     from tokenflow_batch.forecast import Forecast, JobCost, StageCost
+
+MANY = 500
+"""Jobs up to which a refusal counts the whole batch again with other settings: seconds."""
 
 
 def register(app: typer.Typer) -> None:
@@ -52,8 +58,9 @@ def _plan(
     from tokenflow_batch.disk import parse_size
     from tokenflow_batch.forecast import forecast
 
-    batch = load_batch(manifest, output, workdir, only=only, model=model, tolerant=True)
-    with messages():
+    with _uncollected():
+        batch = load_batch(manifest, output, workdir, only=only, model=model, tolerant=True)
+    with messages(), _uncollected():
         budget = None if memory_budget is None else parse_size(memory_budget)
         if calibrate:
             _calibrate(batch)
@@ -72,6 +79,22 @@ def _plan(
         if not found.fits_memory and not _only_the_window(found):
             raise _too_little_memory(found)
     end(batch)
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without garbage collection.
+
+    A plan of thousands of clips is hundreds of thousands of small objects that all stay; looking
+    for garbage among them takes a third of the time.
+    """
+    on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if on:
+            gc.enable()
 
 
 def _calibrate(batch: Batch) -> None:
@@ -118,13 +141,15 @@ def _does_not_fit(found: Forecast, batch: Batch) -> DiskFullError:
     from tokenflow_batch.forecast import with_smaller_features
 
     largest = max(STAGES, key=lambda stage: found.total(stage).bytes)
-    smaller = with_smaller_features(batch)
+    smaller = with_smaller_features(batch) if len(batch.jobs) <= MANY else {}
     fitting = [kind for kind, other in smaller.items() if other.fits]
     told = [
         f"`conv_features: {kind}` needs {size(other.needed)}{_more_work(found, other)}"
         for kind, other in smaller.items()
         if other.needed < found.needed
     ]
+    if not smaller:
+        told = ["`conv_features: store8` halves what `match` takes, `recompute` most of it"]
     usual = (
         "lower `steps`, `resolution` or the number of clips at once (--only), or give --workdir "
         "on a larger disk"
