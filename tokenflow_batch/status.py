@@ -187,16 +187,17 @@ def _held_locks() -> frozenset[int]:
 
 def stage_status(folder: StageFolder) -> StageStatus:
     """The state of one stage folder."""
-    units = sum(1 for _ in folder.units())
+    names = list(folder.units())
     if folder.complete:
-        return StageStatus("freed" if folder.freed else "done", units, folder.key)
+        return StageStatus("freed" if folder.freed else "done", len(names), folder.key)
+    units = sum("-" in name for name in names)  # numbered: what is there once is no measure
     try:
         finished = folder.finished
     except DamagedUnit:
         finished = True
     if finished:
         return StageStatus("damaged", units, folder.key)
-    return StageStatus("begun" if units else "waiting", units, folder.key)
+    return StageStatus("begun" if names else "waiting", units, folder.key)
 
 
 @dataclass(frozen=True)
