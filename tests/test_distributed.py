@@ -160,7 +160,8 @@ def test_any_number_of_processes_gives_the_same_bits(alone, tmp_path, tiny_model
     done = commits(log)
     twice = [unit for unit, n in Counter(u for _, _, u in done).items() if n > 1]
     assert twice == []
-    assert {rank for rank, _, _ in done} == {str(rank) for rank in range(processes)}
+    # Who gets a unit is a race: on two cores a third process may find all of them taken.
+    assert len({rank for rank, _, _ in done}) >= 2
 
 
 @pytest.mark.slow
