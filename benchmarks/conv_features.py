@@ -44,7 +44,7 @@ from tokenflow_batch.stage_names import StageName
 from tokenflow_batch.stages.base import StageContext
 from tokenflow_batch.stages.clip import InvertedLatents
 from tokenflow_batch.stages.edit import read_edited
-from tokenflow_batch.stages.match import stored_features
+from tokenflow_batch.stages.matching import stored_features
 from tokenflow_batch.store import ArrayStore
 from tokenflow_batch.tokenflow.attention import tokenflow_hooks
 from tokenflow_batch.tokenflow.denoise import Denoiser

@@ -199,6 +199,10 @@ def measured(manifest: Path) -> Iterator[tuple[Job, VideoFacts, Model, Counts, S
                     "recorded": int(totals.get("flops", 0)),
                     "retried_rows": int(totals.get("retried_rows", 0)),
                 }
+            # Of `match`'s work, what `invert` has done on its way.
+            handed = found["match"]["recorded"] - found["match"]["flops"]
+            found["match"]["flops"] += handed
+            found["invert"]["flops"] -= handed
             cuts = read_clip(runner.context(batch.jobs[0])).cuts
             yield job, probe(job.video, part=job.part), runner.model, found, cuts
 

@@ -128,7 +128,7 @@ def test_run_tells_what_it_did_and_status_what_there_is(manifest):
     assert (job["ran"], job["skipped"], job["outputs"]) == (["encode", "invert"], [], [])
     (row,) = json.loads(command("status", manifest, "--json").stdout)["jobs"]
     states = [stage["state"] for stage in row["stages"].values()]
-    assert states == ["done", "done", "waiting", "waiting", "waiting", "waiting"]
+    assert states == ["done", "done", "begun", "waiting", "waiting", "waiting"]
     second = command("run", manifest)
     assert second.exit_code == 0
     assert "clip/blue: ran match, edit, render, report" in second.stdout

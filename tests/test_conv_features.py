@@ -14,7 +14,7 @@ from tokenflow_batch.errors import ModelError
 from tokenflow_batch.manifest import load
 from tokenflow_batch.runner import Runner
 from tokenflow_batch.stage_names import STAGES
-from tokenflow_batch.stages.match import stored_features
+from tokenflow_batch.stages.matching import stored_features
 from tokenflow_batch.store import ArrayStore
 
 KINDS = ("store", "store8", "recompute")

@@ -124,6 +124,13 @@ def units_of(manifest):
                 yield stage, unit, folder.record(unit)
 
 
+def says_the_same(path, good):
+    try:
+        return json.loads(path.read_bytes()) == json.loads(good)
+    except (OSError, ValueError):
+        return False
+
+
 def test_every_kind_of_damage_to_every_file_is_found_and_named(manifest):
     found = 0
     for stage, unit, record in units_of(manifest):
@@ -135,6 +142,8 @@ def test_every_kind_of_damage_to_every_file_is_found_and_named(manifest):
                 if kind == "edited digest" and not record.files:
                     continue
                 damage(path)
+                if name == of_the_record and says_the_same(path, good):
+                    continue  # a bit of a number's last digit, beyond what is kept of it
                 if path.exists() and path.read_bytes() == good:
                     continue  # an edit that this file has no room for
                 with pytest.raises(DamagedUnit) as caught:

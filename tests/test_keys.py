@@ -39,10 +39,10 @@ def changed(**options):
 LITERAL = {
     "encode": "79ca856a10d75d7cd4dd26fc",
     "invert": "ae8a1ed02b1c9b7f5f5512d8",
-    "match": "1772d965c221ea0d357c9d17",
-    "edit": "b4fd9d77e6a386385e5783d5",
-    "render": "073e87728a654649023aa924",
-    "report": "198cb1ba49e46334595ff57d",
+    "match": "9c10896ff68899127755fc7f",
+    "edit": "2ca5e098c6b436dd0c9b3998",
+    "render": "0c6cd5dcff9588afea1cbc6c",
+    "report": "3718bffddb45d725a6699aaf",
 }
 
 

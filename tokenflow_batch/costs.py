@@ -106,9 +106,17 @@ class JobSizes:
         working = plan_geometry(size, s.resolution, Fit(s.fit), known.shape.multiple).working
         return cls(known, s, _stored(job), clip, working)
 
-    def cost(self, stage: StageName, keys: Keys) -> tuple[int, float | None, int, int]:
-        """Rows, seconds, bytes kept, bytes for a while."""
-        rows = self._rows.get(stage, 0)
+    def cost(
+        self, stage: StageName, keys: Keys, handed: float = 1.0
+    ) -> tuple[int, float | None, int, int]:
+        """Rows, seconds, bytes kept, bytes for a while.
+
+        Args:
+            stage: which.
+            keys: of the job.
+            handed: the share of `match` that `invert` is still to do on its way.
+        """
+        rows = self.rows(stage, handed)
         if stage not in self._bytes:
             self._bytes[stage] = getattr(self, f"_{stage}")()
         work = rows + self.partial_rows(stage) * self._partial_share
@@ -118,10 +126,15 @@ class JobSizes:
         """Rows that leave the UNet early, after the convolution whose features they are for."""
         return self._partial if stage == "edit" else 0
 
-    def flops(self, stage: StageName) -> int:
-        """Floating-point operations of the UNet."""
+    def rows(self, stage: StageName, handed: float = 1.0) -> int:
+        """UNet rows, but for partial ones; `handed` as for `cost`."""
+        on_the_way, alone = (self._rows[kind].get(stage, 0) for kind in (True, False))
+        return round(handed * on_the_way + (1 - handed) * alone)
+
+    def flops(self, stage: StageName, handed: float = 1.0) -> int:
+        """Floating-point operations of the UNet; `handed` as for `cost`."""
         if stage != "edit":
-            return self._rows.get(stage, 0) * self._flops()
+            return self.rows(stage, handed) * self._flops()
         return self._edit_flops
 
     def peak(self, stage: StageName, keys: Keys, *, beside: bool = False) -> int | None:
@@ -157,7 +170,9 @@ class JobSizes:
         return largest_window(self._peaks("edit", keys), s, longest, self._area, budget)
 
     def _peaks(self, stage: StageName, keys: Keys) -> Peaks:
-        return self.known.measured.peaks.get(_model(stage, keys), {})
+        found = self.known.measured.peaks.get(_model(stage, keys), {})
+        # Passes as large as `invert`'s, which mostly makes them for both.
+        return found if found.get("match") else {**found, "match": found.get("invert", ())}
 
     @cached_property
     def _frame_shape(self) -> tuple[int, int, int]:
@@ -181,8 +196,10 @@ class JobSizes:
         return {}
 
     @cached_property
-    def _rows(self) -> Mapping[StageName, int]:
-        return row_counts(self.settings, self.clip.frames, self.clip.cuts)
+    def _rows(self) -> Mapping[bool, Mapping[StageName, int]]:
+        """By whether `match` is handed what `invert` sees."""
+        size = self.clip.frames, self.clip.cuts
+        return {kind: row_counts(self.settings, *size, handed=kind) for kind in (True, False)}
 
     @cached_property
     def _batches(self) -> Mapping[StageName, int]:
@@ -208,9 +225,12 @@ class JobSizes:
 
     def _seconds(self, stage: StageName, work: float, keys: Keys) -> float | None:
         amount = work if stage in ("invert", "match", "edit") else self.clip.frames
-        rate = self.known.measured.seconds.get((stage, _model(stage, keys), self._area))
         if not amount:
             return 0.0
+        seconds, which = self.known.measured.seconds, (_model(stage, keys), self._area)
+        rate = seconds.get((stage, *which))
+        if stage == "match" and rate is None:  # nearly all of it was done on the way of the other
+            rate = seconds.get(("invert", *which))
         return None if rate is None else rate * amount
 
     @property
@@ -218,13 +238,14 @@ class JobSizes:
         return self.clip.frames, self.settings.chunk_frames
 
     @property
-    def _chunks(self) -> int:
+    def chunks(self) -> int:
+        """Chunks of the clip."""
         return -(-self.clip.frames // self.settings.chunk_frames)
 
     def _encode(self) -> tuple[int, int]:
         (spec,) = encode_arrays(*self._grid, self._frame_shape, self.known.dtype).values()
         stamps = 128 + 8 * self.clip.frames  # pts.npy
-        return spec.stored_bytes() + stamps + _records(self._chunks) + 2 * RECORD, 0
+        return spec.stored_bytes() + stamps + _records(self.chunks) + 2 * RECORD, 0
 
     def _invert(self) -> tuple[int, int]:
         s = self.settings
@@ -233,7 +254,7 @@ class JobSizes:
         ).values()
         kept = s.steps + (s.inversion_steps > s.steps)  # and the noisiest
         step = sum(spec.stored_bytes(1) for spec in specs)
-        records = _records(s.inversion_steps * self._chunks, 2)
+        records = _records(s.inversion_steps * self.chunks, 2)
         return kept * step + records, 2 * step if s.inversion_steps > s.steps else 0
 
     def _match(self) -> tuple[int, int]:
@@ -245,7 +266,7 @@ class JobSizes:
             ratio = self.known.measured.ratio.get(name) if spec.compress else 1.0
             self.known.guess(ratio)
             total += spec.stored_bytes(ratio=RATIO if ratio is None else ratio)
-        return total + _records(s.steps * self._chunks, len(specs)), 0
+        return total + _records(s.steps * self.chunks, len(specs)), 0
 
     @property
     def _matched(self) -> Specs:
@@ -268,12 +289,12 @@ class JobSizes:
         state = sum(spec.stored_bytes(1) for spec in specs.values())
         steps = s.steps - s.first_step
         records = _records(steps * windows[0])
-        records += steps * self._chunks * (RECORD + len(specs) * FILE)  # where latents advance
+        records += steps * self.chunks * (RECORD + len(specs) * FILE)  # where latents advance
         return state + records, state + noise
 
     def _render(self) -> tuple[int, int]:
         video = self._video("render")
-        return video + _records(self._chunks), video  # segments, until they are joined
+        return video + _records(self.chunks), video  # segments, until they are joined
 
     def _report(self) -> tuple[int, int]:
         sheet = self.known.measured.sheet

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -248,12 +248,39 @@ class _Counting:
         found = {stage: self._looking.at(stage, keys[stage].key) for stage in STAGES}
         again = needed_again({stage: now.state for stage, now in found.items()})
         beside = self.inputs.batch.runtime.edits_together > 1 and self._edits[job.clip] > 1
+        fresh = keys["invert"].key not in self._taken
+        handed = self._handed(counted, keys, found, again) if fresh else 0.0
         stages = {
-            s: self._stage(counted, s, keys, found[s], again=s in again, beside=beside)
+            s: self._stage(
+                counted, s, keys, found[s], again=s in again, beside=beside, handed=handed
+            )
             for s in STAGES
         }
         published = sum(stages[stage].bytes for stage in ("render", "report"))
         return JobCost(job, clip, counted.working, stages, published)
+
+    def _handed(
+        self,
+        counted: JobSizes,
+        keys: Keys,
+        now: Mapping[StageName, StageStatus],
+        again: Collection[StageName],
+    ) -> float:
+        """The share of what is left of `match` that `invert` is still to do on its way."""
+        if self.inputs.batch.runtime.compile:
+            return 0.0
+        s, there = counted.settings, dict[StageName, float]()
+        sizes: dict[StageName, int] = {"invert": s.inversion_steps, "match": s.steps}
+        for stage, steps in sizes.items():
+            folder = self._folder(stage, keys[stage].key)
+            if stage in again or now[stage].state == "waiting":
+                there[stage] = 0.0
+            elif now[stage].state in ("done", "freed"):
+                there[stage] = 1.0
+            else:
+                there[stage] = _share_there(folder, steps * counted.chunks)
+        left = 1 - there["match"]
+        return (1 - max(there.values())) / left if left else 0.0
 
     def _sizes_of(self, job: Job, clip: ClipSize) -> JobSizes:
         kind = alike(job, clip)
@@ -273,6 +300,7 @@ class _Counting:
         *,
         again: bool,
         beside: bool,
+        handed: float,
     ) -> StageCost:
         key = keys[stage].key
         if key in self._taken:
@@ -282,8 +310,8 @@ class _Counting:
         self._taken.add(key)
         if now.state == "done":
             return StageCost("done", key=key)
-        cost, peak = counted.cost(stage, keys), counted.peak(stage, keys, beside=beside)
-        partial, flops = counted.partial_rows(stage), counted.flops(stage)
+        cost, peak = counted.cost(stage, keys, handed), counted.peak(stage, keys, beside=beside)
+        partial, flops = counted.partial_rows(stage), counted.flops(stage, handed)
         if again or not now.units:
             state: State = "again" if again else "to do"
             return StageCost(state, *cost, key, peak, partial, flops)
@@ -291,6 +319,8 @@ class _Counting:
         work, seconds, kept, scratch = cost
         there = folder.totals().get("rows", 0)
         left = 1 - there / work if work else 1.0
+        if stage == "match":  # its units cost little or much
+            left = 1 - _share_there(folder, counted.settings.steps * counted.chunks)
         return StageCost(
             "begun",
             round(work * left),
@@ -347,6 +377,11 @@ class _Counting:
         if job.part is not None:
             frames = part_frames(job.part, frames, known.get("rate", 25.0), video)
         return ClipSize(frames, known["width"], known["height"])
+
+
+def _share_there(folder: StageFolder, units: int) -> float:
+    """Of a stage whose units are (step, chunk), so many, the share that is committed."""
+    return sum(name.startswith(f"{folder.stage}-") for name in folder.units()) / units
 
 
 def _float_dtype(batch: Batch) -> str:

@@ -18,7 +18,7 @@ from tokenflow_batch.stage_names import StageName
 VERSIONS: Mapping[StageName, int] = {
     "encode": 2,
     "invert": 2,
-    "match": 2,
+    "match": 3,
     "edit": 3,
     "render": 1,
     "report": 2,

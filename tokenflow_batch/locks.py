@@ -50,7 +50,7 @@ class StageLocks:
             OSError: there can be no lock file.
         """
         path = self._workspace.lock(stage, key)
-        if not self._team.agree(f"lock/{stage}/{key}", lambda: self._acquire(path)):
+        if not self.take(stage, key):
             raise _locked(stage, who)
         try:
             yield
@@ -60,6 +60,16 @@ class StageLocks:
             raise
         if path in self._held:
             self._held.pop(path).release()
+
+    def take(self, stage: StageName, key: str) -> bool:
+        """Hold a stage for the whole team before its turn, if no other run does: until it is done
+        (`shared`) or `release`.
+
+        Raises:
+            OSError: there can be no lock file.
+        """
+        path = self._workspace.lock(stage, key)
+        return bool(self._team.agree(f"lock/{stage}/{key}", lambda: self._acquire(path)))
 
     @contextmanager
     def alone(self, stage: StageName, key: str, who: str) -> Iterator[None]:

@@ -98,8 +98,9 @@ class Measured:
                     peak = Peak(**_read(_mark(folder))["facts"]["memory"])
                     used.setdefault(model, {}).setdefault(stage, []).append(peak)
                 for facts, files in _records(folder):
-                    work = facts.get("work", facts.get("rows", facts.get("frames", 0)))
-                    sums[stage, model, area].add(facts.get("seconds", 0.0), work)
+                    if not facts.get("handed"):
+                        work = facts.get("work", facts.get("rows", facts.get("frames", 0)))
+                        sums[stage, model, area].add(facts.get("seconds", 0.0), work)
                     for name, size in files.items():
                         _array(arrays, specs, name, size)
                     if stage in ("render", "report") and "frames" in facts:

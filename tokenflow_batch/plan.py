@@ -95,34 +95,48 @@ def branches_at(settings: Settings, step: int) -> tuple[int, int]:
     return joint, spread
 
 
-def unet_calls(settings: Settings, frames: int, cuts: Sequence[int] = ()) -> dict[StageName, Calls]:
+def hands_over(settings: Settings) -> bool:
+    """Whether `invert` ends where it has evaluated the model, so that `match` needs little more."""
+    return MODES[settings.mode].stored_source and settings.inversion_iterations > 0
+
+
+def unet_calls(
+    settings: Settings, frames: int, cuts: Sequence[int] = (), *, handed: bool = True
+) -> dict[StageName, Calls]:
     """Every UNet call of the stages that make any, but for retries.
 
     Args:
         settings: of the job.
         frames: F.
         cuts: first frames of all shots but the first; known once the clip is encoded.
+        handed: whether `invert`, where it `hands_over`, is still to do, so that it does.
     """
-    mode = MODES[settings.mode]
+    mode, handed = MODES[settings.mode], handed and hands_over(settings)
+    match = _match(settings, frames, cuts, handed=handed) if mode.stored_source else Counter()
     return {
         "invert": _invert(settings, frames),
-        "match": _match(settings, frames, cuts) if mode.stored_source else Counter(),
+        "match": match,
         "edit": _edit(settings, frames, mode, cuts),
     }
 
 
-def row_counts(settings: Settings, frames: int, cuts: tuple[int, ...] = ()) -> dict[StageName, int]:
+def row_counts(
+    settings: Settings, frames: int, cuts: tuple[int, ...] = (), *, handed: bool = True
+) -> dict[StageName, int]:
     """The rows of `unet_calls` alone, without listing the calls: for thousands of clips.
 
     Args:
         settings: of the job.
         frames: F.
         cuts: first frames of all shots but the first.
+        handed: see there.
     """
     s, mode = settings, MODES[settings.mode]
     layout = layout_of(s, frames, cuts)
     drawn = _draws(s, frames, cuts)
-    match = s.steps * frames + _outside(layout, s.chunk_frames, drawn)
+    match = _outside(layout, s.chunk_frames, drawn)
+    if not (handed and hands_over(s)):
+        match += s.steps * frames
     edit = _edit_work(s, frames, cuts)
     return {
         "invert": frames * s.inversion_steps * (1 + s.inversion_iterations),
@@ -312,15 +326,17 @@ def _invert(s: Settings, frames: int) -> Counter[UNetCall]:
     return total
 
 
-def _match(s: Settings, frames: int, cuts: Sequence[int]) -> Counter[UNetCall]:
+def _match(s: Settings, frames: int, cuts: Sequence[int], *, handed: bool) -> Counter[UNetCall]:
     segs, total = segments(frames, s.segment_length, cuts), Counter[UNetCall]()
     for step in range(s.steps):
         drawn = draw_keyframes(s.keyframe_seed, step, segs)
         for chunk in chunks(frames, s.chunk_frames):
             near = [true_neighbours(f, drawn, s.segment_length, cuts) for f in chunk.frames]
             keyframes = {drawn[k] for n in near for k in (n.first, n.second)}
-            total += _plain(sorted(keyframes), s.unet_batch)
-            total += _plain([f for f in chunk.frames if f not in keyframes], s.unet_batch)
+            outside = keyframes - set(chunk.frames)
+            total += Counter([UNetCall("plain", len(outside))] if outside else [])
+            if not handed:
+                total += _plain(chunk.frames, s.unet_batch)
     return total
 
 

@@ -9,16 +9,18 @@ import logging
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 
 from tokenflow_batch.config import Batch, Job
 from tokenflow_batch.disk import keep_within, warn_if_over
 from tokenflow_batch.distributed import Team
-from tokenflow_batch.errors import LaunchError, MissingInput, VideoError
+from tokenflow_batch.errors import LaunchError, MissingInput, TokenflowBatchError, VideoError
 from tokenflow_batch.inputs import Inputs
 from tokenflow_batch.joblog import JobLog
 from tokenflow_batch.ledger import COMPLETE
 from tokenflow_batch.locks import StageLocks
 from tokenflow_batch.models import Compute, Model, load, resolve
+from tokenflow_batch.plan import hands_over
 from tokenflow_batch.renewal import Renewal
 from tokenflow_batch.results import (
     JobResult,
@@ -35,7 +37,7 @@ from tokenflow_batch.stages import IMPLEMENTATIONS
 from tokenflow_batch.stages.base import Beside, Progress, StageContext, clear_scratch
 from tokenflow_batch.stages.memory import MemoryUse
 from tokenflow_batch.stages.sharing import JobOver, NothingToDo, Sharing
-from tokenflow_batch.store import Reads
+from tokenflow_batch.store import LAYOUT, Reads
 from tokenflow_batch.turns import Turns, all_turns, groups, side_by_side
 
 log = logging.getLogger("tokenflow_batch")
@@ -308,8 +310,24 @@ class Runner:
                 )
         with self._locks.shared(stage, folder.key, context.job.name):
             if not folder.complete:  # another run may have finished it meanwhile
-                yield from self._work(context, stage)
+                yield from self._work(self._handing(context, stage), stage)
         result.ran.append(stage)
+
+    def _handing(self, context: StageContext, stage: StageName) -> StageContext:
+        """The same, with `match` open to `invert` where that can do its work on the way."""
+        # Compiled parts and those that a hook is on needn't give the same bits.
+        if stage != "invert" or not hands_over(context.settings) or self.compute.compile:
+            return context
+        folder = context.folder("match")
+        if folder.complete or not self._locks.take("match", folder.key):
+            return context
+        try:
+            folder.open(context.keys["match"].described, self.compute.numerics())
+            if folder.committed(LAYOUT):
+                folder.check(LAYOUT)
+        except TokenflowBatchError:  # told when it is its turn
+            return context
+        return replace(context, handed=folder)
 
     def _work(self, context: StageContext, stage: StageName) -> Turns[None]:
         folder, sharing = context.folder(stage), context.sharing

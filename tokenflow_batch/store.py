@@ -131,7 +131,12 @@ class ArrayStore:
         return cls(stage, {n: ArraySpec.from_json(v) for n, v in record.facts["arrays"].items()})
 
     def write(
-        self, block: Block, values: Mapping[str, Array], facts: Mapping[str, Any] | None = None
+        self,
+        block: Block,
+        values: Mapping[str, Array],
+        facts: Mapping[str, Any] | None = None,
+        *,
+        timed: bool = True,
     ) -> None:
         """Write one unit behind the caller: its block in each given array, then the commit record.
 
@@ -141,12 +146,13 @@ class ArrayStore:
                 on, as they are written while the next unit is computed.
             facts: for the record, to which the seconds since the unit before are added
                 (`clock.Lap`); those of writing this one are among its own `store`.
+            timed: not so where they belong to another stage's work.
         """
         kinds = {self.specs[name].unit for name in values}
         if len(kinds) != 1:
             raise ValueError(f"arrays of one unit belong together, got {sorted(values)}")
         unit = unit_name(kinds.pop(), block)
-        told = {**(facts or {}), **self.stage.lap.take()}
+        told = {**(facts or {}), **(self.stage.lap.take() if timed else {})}
         kept = {n: v.astype(self.specs[n].dtype, copy=False) for n, v in values.items()}
         self._fresh = {(name, block): data for name, data in kept.items()}
         self.stage.commit_behind(unit, lambda: self._write(unit, block, kept, told))

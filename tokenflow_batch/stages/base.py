@@ -62,6 +62,7 @@ class StageContext:
         warn: tells the user something that doesn't stop the job.
         sharing: this process's part in the job.
         beside: what it has in common with jobs that it takes turns with.
+        handed: `match`'s folder, open and locked, while `invert` may commit units there, too.
     """
 
     job: Job
@@ -73,6 +74,7 @@ class StageContext:
     warn: Callable[[str], None]
     sharing: Sharing = field(default_factory=lambda: Sharing(Team()))
     beside: Beside = field(default_factory=lambda: Beside())
+    handed: StageFolder | None = None
 
     @property
     def settings(self) -> Settings:

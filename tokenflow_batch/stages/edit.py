@@ -23,7 +23,7 @@ from tokenflow_batch.models import require_finite
 from tokenflow_batch.plan import guidance_of, injection_of
 from tokenflow_batch.stages.base import Advance, Stage, StageContext
 from tokenflow_batch.stages.clip import CleanLatents, Clip, InvertedLatents, read_clip
-from tokenflow_batch.stages.match import sites_by_tokens
+from tokenflow_batch.stages.matching import sites_by_tokens
 from tokenflow_batch.store import Array, ArrayStore, unit_name
 from tokenflow_batch.tokenflow.anchors import look_of, spread_by_look
 from tokenflow_batch.tokenflow.attention import tokenflow_hooks

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -16,8 +17,11 @@ from tokenflow_batch.errors import ModelError
 from tokenflow_batch.ledger import StageFolder
 from tokenflow_batch.models import Model, require_finite
 from tokenflow_batch.stages.base import Stage, StageContext
-from tokenflow_batch.stages.clip import CleanLatents, read_clip
+from tokenflow_batch.stages.clip import CleanLatents, Clip, read_clip
+from tokenflow_batch.stages.handing import Handing, Watch
+from tokenflow_batch.stages.matching import Matching, Unit
 from tokenflow_batch.store import ArrayStore, unit_name
+from tokenflow_batch.tokenflow.attention import tokenflow_hooks
 from tokenflow_batch.tokenflow.ddim import (
     TOLERANCE,
     Inverted,
@@ -34,7 +38,7 @@ from tokenflow_batch.tokenflow.windows import Chunk, batches
 
 class Invert(Stage):
     """Units: (inversion step, chunk), ascending noise. Steps that no sampling step needs are
-    dropped once the next one is there."""
+    dropped once the next one is there. `match` gets its units on the way where it can."""
 
     name = "invert"
 
@@ -48,7 +52,8 @@ class Invert(Stage):
         specs = invert_arrays(*size, clean.frame_shape, context.float_dtype)
         store = context.store(folder, specs)
         denoiser = Denoiser(model.unet, model.prediction_type)
-        work = _Inversion(context, store, clean, denoiser, schedule, model.embed(s.source_prompt))
+        embed = model.embed(s.source_prompt)
+        work = _Inversion(context, store, clean, denoiser, schedule, embed)
         sharing = context.sharing
         needed = sharing.agree(
             folder, "needed", lambda: [_plan(folder, chunk, kept) for chunk in clip.chunks]
@@ -59,20 +64,24 @@ class Invert(Stage):
             for chunk, steps in zip(clip.chunks, needed, strict=True)
             if steps[i]
         }
-        with context.progress("invert", sum(len(c) for _, c in units.values())) as advance:
+        with (
+            context.progress("invert", sum(len(c) for _, c in units.values())) as advance,
+            sharing.busy(folder),  # until what is handed over is committed
+            work.handing(folder, clip, sampling),
+        ):
             step = 0
-            for i, chunk in sharing.share(folder, units):
+            for i, chunk in sharing.claimed(folder, units):
                 if i > max(step, 1) and not kept[i - 2]:  # whoever drops or has dropped it
                     folder.release(unit_name("invert", (i - 2, c.index)) for c in clip.chunks)
                 step = i
                 before = unit_name("invert", (i - 1, chunk.index))
-                with sharing.busy(folder):
-                    if i > 0:
-                        sharing.wait_for(folder, [before])  # another process may be at it
-                    work.unit(i, chunk)
-                    if i > 0 and not kept[i - 1]:
-                        folder.drop(before)
+                if i > 0:
+                    sharing.wait_for(folder, [before])  # another process may be at it
+                work.unit(i, chunk)
+                if i > 0 and not kept[i - 1]:
+                    folder.drop(before)
                 advance(len(chunk))
+        sharing.all_there(folder, units)
 
 
 def _possible(model: Model, steps: int) -> str:
@@ -130,14 +139,47 @@ class _Inversion:
         self.alphas = schedule.alphas[::-1]
         self.final_alpha = schedule.final_alpha
         self.retried_rows = self.retried_flops = 0
+        self.context, self.schedule = context, schedule
+        self.handed: Handing | None = None
+
+    @contextmanager
+    def handing(self, folder: StageFolder, clip: Clip, sampling: Schedule) -> Iterator[None]:
+        """While this lasts `match` gets what it can of the evaluations, if it is open for that."""
+        context = self.context
+        target = context.handed
+        if target is None:
+            yield
+            return
+        s, model = self.settings, context.model()
+        matching = Matching.of(context, clip, model)
+        with tokenflow_hooks(model.unet, context.compute.attention, s.conv_site) as hooks:
+            self.handed = Handing(
+                context,
+                folder,
+                target,
+                matching,
+                self._latents,
+                (sampling, self.schedule),
+                self.denoiser,
+                self.embed,
+                hooks,
+            )
+            try:
+                yield
+                self.handed.finish()
+                target.settle()
+            finally:
+                target.abandon()
 
     def unit(self, i: int, chunk: Chunk) -> None:
         """Compute and commit inversion step `i` of `chunk`."""
         rows, flops = self.denoiser.rows, self.denoiser.flops
         retried, retried_flops = self.retried_rows, self.retried_flops
         began = time.perf_counter()
+        matched = self.handed.begin(i, chunk) if self.handed else None
         parts = batches(chunk.frames, self.settings.unet_batch)
-        done = [self._batch(i, *read) for read in ahead((self._read(i, b) for b in parts), 1)]
+        reads = ahead(((b, self._read(i, b)) for b in parts), 1)
+        done = [self._batch(i, b, *read, matched) for b, read in reads]
         require_finite(torch.cat([d.x for d in done]), f"inversion step {i}, {chunk.frames}")
         values = {
             "latents": torch.cat([d.x for d in done]).cpu().numpy(),
@@ -157,6 +199,8 @@ class _Inversion:
             facts["residual_worst_frame"] = chunk.start + int(values["residual"].argmax())
             facts["unconverged"] = int((values["residual"] > TOLERANCE).sum())
         self.store.write((i, chunk.index), values, facts)
+        if self.handed:
+            self.handed.add(i, chunk, matched)
 
     def _read(self, i: int, frames: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         """Latents before step `i`, and those before them where they serve for a warm start."""
@@ -166,7 +210,14 @@ class _Inversion:
             return x, None
         return x, self._latents(i - 2, frames)
 
-    def _batch(self, i: int, x: Tensor, earlier: Tensor | None) -> Inverted:
+    def _batch(
+        self,
+        i: int,
+        frames: Sequence[int],
+        x: Tensor,
+        earlier: Tensor | None,
+        matched: Unit | None,
+    ) -> Inverted:
         t, alpha_t, alpha = self.timesteps[i], self.alphas[i], self._alpha(i - 1)
 
         def noise(x_NChw: Tensor, at: int) -> Tensor:
@@ -179,23 +230,31 @@ class _Inversion:
         if earlier is not None:
             # The noise that the previous step went along: state that needs no storing.
             warm = implied_noise(earlier, x, self._alpha(i - 2), alpha)
+        watch = Watch(self.handed.hooks, noise) if self.handed and matched else None
         found = invert_fixed_point(
-            noise,
+            watch.noise if watch else noise,
             x,
             t,
             alpha,
             alpha_t,
             extra=self.settings.inversion_iterations,
             warm_noise_FChw=warm,
+            better=watch.better if watch else None,
         )
-        for n in (~converged(found)).nonzero().flatten().tolist():
+        rows, flops = self.denoiser.rows, self.denoiser.flops
+        again = (~converged(found)).nonzero().flatten().tolist()
+        for n in again:
             # One frame at a time: its bits must not depend on which others had trouble.
             part = Inverted(found.x[n : n + 1], found.residual[n : n + 1])
-            rows, flops = self.denoiser.rows, self.denoiser.flops
-            again = retry(noise, x[n : n + 1], part, t, alpha, alpha_t)
-            self.retried_rows += self.denoiser.rows - rows
-            self.retried_flops += self.denoiser.flops - flops
-            found.x[n], found.residual[n] = again.x[0], again.residual[0]
+            one = retry(noise, x[n : n + 1], part, t, alpha, alpha_t)
+            found.x[n], found.residual[n] = one.x[0], one.residual[0]
+        if watch and matched and self.handed:
+            # What was seen of retried frames is of other latents, and in other batches.
+            seen = self.handed.look(matched.step, found.x) if again else watch.seen
+            assert seen is not None  # noqa: S101 - extra ≥ 1
+            matched.add(frames, seen)
+        self.retried_rows += self.denoiser.rows - rows
+        self.retried_flops += self.denoiser.flops - flops
         return found
 
     def _warn(self, i: int, chunk: Chunk, residual_F: NDArray[np.float32]) -> None:

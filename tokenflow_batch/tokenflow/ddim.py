@@ -132,6 +132,7 @@ def invert_fixed_point(
     *,
     extra: int,
     warm_noise_FChw: Tensor | None = None,
+    better: Callable[[Tensor], None] | None = None,
 ) -> Inverted:
     """Solve x_t = move(x_s, ε(x_t, t)), the sampler's own equation, by `1 + extra` evaluations.
 
@@ -139,6 +140,17 @@ def invert_fixed_point(
     costs the first evaluation. Of the iterates that were evaluated, each frame keeps the one with
     the smallest residual: on hard frames more iterations can make it worse.
     `1 + extra` UNet rows a frame (cf. Garibi et al., *ReNoise*, 2024).
+
+    Args:
+        noise_fn: predicted noise at a latent and a timestep.
+        x_FChw: latents at the cleaner timestep.
+        t: the noisier timestep.
+        alpha: ᾱ of the cleaner one.
+        alpha_t: ᾱ of the noisier one.
+        extra: evaluations after the first.
+        warm_noise_FChw: the noise to start along.
+        better: told after an evaluation at an iterate for which frames it is the best so far, (F,)
+            bool: theirs is the latent that it was made at.
 
     Raises:
         ValueError: `extra` is below 1.
@@ -154,7 +166,10 @@ def invert_fixed_point(
     for _ in range(evaluations):
         following = move(x_FChw, noise_fn(iterate, t), alpha, alpha_t)
         found = Inverted(iterate, residual(following, iterate))
-        best = found if best is None else _better(best, found)
+        improved_F = _improved(best, found)
+        if better is not None:
+            better(improved_F)
+        best = found if best is None else _chosen(improved_F, found, best)
         iterate = following
     assert best is not None  # noqa: S101 - evaluations ≥ 1
     return best
@@ -197,12 +212,19 @@ def retry(
     best = found
     for _ in range(evaluations):
         following = move(x_FChw, noise_fn(iterate, t), alpha, alpha_t)
-        best = _better(best, Inverted(iterate, residual(following, iterate)))
+        new = Inverted(iterate, residual(following, iterate))
+        best = _chosen(_improved(best, new), new, best)
         iterate = (iterate + following) / 2
     return best
 
 
-def _better(old: Inverted, new: Inverted) -> Inverted:
-    keep_new = (new.residual <= old.residual) | old.residual.isnan()
-    x = torch.where(keep_new.view(-1, 1, 1, 1), new.x, old.x)
-    return Inverted(x, torch.where(keep_new, new.residual, old.residual))
+def _improved(old: Inverted | None, new: Inverted) -> Tensor:
+    """For which frames the new iterate is at least as good, (F,) bool."""
+    if old is None:
+        return torch.ones_like(new.residual, dtype=torch.bool)
+    return (new.residual <= old.residual) | old.residual.isnan()
+
+
+def _chosen(first_F: Tensor, one: Inverted, other: Inverted) -> Inverted:
+    x = torch.where(first_F.view(-1, 1, 1, 1), one.x, other.x)
+    return Inverted(x, torch.where(first_F, one.residual, other.residual))

@@ -62,6 +62,18 @@ class SourcePass:
         self.conv = features_NChw
         return features_NChw
 
+    def merged(self, newer: SourcePass, rows_N: Tensor) -> SourcePass:
+        """What `newer` saw where `rows_N`, bool, says so, and what this one did elsewhere."""
+        if rows_N.all():
+            return newer
+        both = SourcePass()
+        for site, tokens_NLC in self._by_site.items():
+            chosen = rows_N.view(-1, 1, 1)
+            both._by_site[site] = torch.where(chosen, newer._by_site[site], tokens_NLC)
+        if self.conv is not None and newer.conv is not None:
+            both.conv = torch.where(rows_N.view(-1, 1, 1, 1), newer.conv, self.conv)
+        return both
+
 
 class FeaturePass:
     """Evaluation of source frames for the convolution features alone; leaves the UNet there.
