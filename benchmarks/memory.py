@@ -9,8 +9,9 @@ when the model is loaded: its peak resident memory, and the seconds of processor
   variant of `encode` that deliberately keeps a sixteenth of each frame must be caught by the same
   measurement, or the measurement is worth nothing.
 - Time per frame: at the longer at most 5 % above the shorter, and for the second pair of lengths,
-  from one window to many that overlap, at most 20 %. Processor time decides: wall time hears
-  whatever else the machine does.
+  from one window to many that overlap, at most 20 %. Both go on at the same time, each on a core of
+  its own, the shorter again and again: a shared machine's moods, which come to a quarter of a
+  frame's time within minutes, meet both. Processor time decides.
 
 The exit code says whether all of it holds. A small random model does (`small_model.py`): what a
 process holds for each frame of the clip are latents' and units' bookkeeping, lists and arrays of
@@ -28,12 +29,14 @@ import gc
 import json
 import os
 import platform
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Final
@@ -87,20 +90,42 @@ def prepare(folder: Path, model: str, frames: int, size: int, more: str = "") ->
     (folder / "manifest.yaml").write_text(text, encoding="utf-8")
 
 
-def in_own_process(folder: Path, stage: StageName, *, leak: bool = False) -> dict[str, float]:
-    """Run one stage in a fresh process; what `run_child` measured."""
+@dataclass(frozen=True)
+class Child:
+    """A fresh process that runs one stage of a job.
+
+    Attributes:
+        process: it.
+        where: for messages.
+    """
+
+    process: subprocess.Popen[str]
+    where: str
+
+    @property
+    def running(self) -> bool:
+        """Whether it still is."""
+        return self.process.poll() is None
+
+    def measured(self) -> dict[str, float]:
+        """What `run_child` measured, once it is done."""
+        told, _ = self.process.communicate()
+        if self.process.returncode:
+            raise SystemExit(f"{self.where} failed")
+        measured: dict[str, float] = json.loads(told)
+        return measured
+
+
+def child(folder: Path, stage: StageName, core: int, *options: str) -> Child:
+    """Start one stage in a process of its own, on one core."""
     command = [sys.executable, __file__, "--child", stage, str(folder / "manifest.yaml")]
-    if leak:
-        command.append("--leak")
+    command += ["--core", str(core), *options]
     # One heap that gives freed blocks back, so that the peak is what is held and not its holes.
     tidy = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
-    done = subprocess.run(
-        command, env={**os.environ, **tidy}, stdout=subprocess.PIPE, text=True, check=False
+    started = subprocess.Popen(
+        command, env={**os.environ, **tidy}, stdout=subprocess.PIPE, text=True
     )
-    if done.returncode:
-        raise SystemExit(f"{stage} failed in {folder}")
-    measured: dict[str, float] = json.loads(done.stdout)
-    return measured
+    return Child(started, f"{stage} in {folder}")
 
 
 def forget_peak() -> None:
@@ -132,21 +157,23 @@ def leaking_frames() -> Iterator[None]:
         yield
 
 
-def run_child(stage: StageName, manifest: Path, *, leak: bool) -> None:
+def run_child(stage: StageName, manifest: Path, core: int, *, leak: bool, force: bool) -> None:
     """Run one stage in this process and print what it took."""
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[core % len(cores)]})
     from tokenflow_batch.console import progress_bars
     from tokenflow_batch.manifest import load
     from tokenflow_batch.results import exit_code
     from tokenflow_batch.runner import Runner
 
     with leaking_frames() if leak else nullcontext(), progress_bars() as progress:
-        force = (stage,) if leak else ()
+        again = (stage,) if leak or force else ()
         runner = Runner(load(manifest), progress)
         if stage != "report":
             assert runner.model is not None  # loaded here, before anything is measured
         forget_peak()
         wall, cpu = time.perf_counter(), time.process_time()
-        results = runner.run((stage,), force=force)
+        results = runner.run((stage,), force=again)
         taken = {
             "cpu_seconds": round(time.process_time() - cpu, 3),
             "wall_seconds": round(time.perf_counter() - wall, 3),
@@ -155,24 +182,42 @@ def run_child(stage: StageName, manifest: Path, *, leak: bool) -> None:
     sys.exit(exit_code(results))
 
 
-def measure(lengths: list[int], leaking: tuple[int, ...], model: str, size: int) -> Measured:
-    """Every stage at every length, and the leaking variant at some."""
+def measure(pairs: Sequence[tuple[int, int]], leaking: int, model: str, size: int) -> Measured:
+    """Every stage at every pair of lengths, and the leaking variant at those of one of them."""
     found: Measured = {name: {} for name in (*STAGES, LEAKING)}
-    for frames in lengths:
+    for index, pair in enumerate(pairs):
         with tempfile.TemporaryDirectory() as scratch:
-            folder = Path(scratch)
-            prepare(folder, model, frames, size)
+            folders = {frames: Path(scratch) / str(frames) for frames in pair}
+            for frames, folder in folders.items():
+                folder.mkdir()
+                prepare(folder, model, frames, size)
             for stage in STAGES:
-                found[stage][frames] = now = in_own_process(folder, stage)
-                print(
-                    f"{stage} at F = {frames}: {now['peak_bytes'] / 2**20:.1f} MiB, "
-                    f"{1e3 * now['cpu_seconds'] / frames:.1f} ms a frame of processor time, "
-                    f"{1e3 * now['wall_seconds'] / frames:.1f} ms of wall time",
-                    flush=True,
-                )
-            if frames in leaking:
-                found[LEAKING][frames] = in_own_process(folder, "encode", leak=True)
+                for frames, now in side_by_side(folders, stage).items():
+                    found[stage][frames] = now
+                    print(
+                        f"{stage} at F = {frames}: {now['peak_bytes'] / 2**20:.1f} MiB, "
+                        f"{1e3 * now['cpu_seconds'] / frames:.1f} ms a frame of processor time, "
+                        f"{1e3 * now['wall_seconds'] / frames:.1f} ms of wall time",
+                        flush=True,
+                    )
+            if index == leaking:
+                for frames, folder in folders.items():
+                    found[LEAKING][frames] = child(folder, "encode", 0, "--leak").measured()
     return found
+
+
+def side_by_side(folders: Mapping[int, Path], stage: StageName) -> dict[int, dict[str, float]]:
+    """One stage of a long clip, and of a short one as often as that takes; means of the latter.
+
+    Peaks are those of the first runs, which find nothing there.
+    """
+    short, long = sorted(folders)
+    slow, quick = child(folders[long], stage, 0), [child(folders[short], stage, 1).measured()]
+    while slow.running:
+        quick.append(child(folders[short], stage, 1, "--force").measured())
+    means = {name: statistics.fmean(run[name] for run in quick) for name in quick[0]}
+    first = {**means, "peak_bytes": quick[0]["peak_bytes"], "runs": len(quick)}
+    return {short: first, long: slow.measured()}
 
 
 def memory_slopes(found: Measured, short: int, long: int) -> dict[str, float]:
@@ -224,10 +269,13 @@ def main() -> None:
     parser.add_argument("--model", choices=("small", "demo"), default="small")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result here")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--core", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--leak", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--force", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        run_child(args.child[0], Path(args.child[1]), leak=args.leak)
+        stage, manifest = args.child
+        run_child(stage, Path(manifest), args.core, leak=args.leak, force=args.force)
     memory, overlap = tuple(args.frames), tuple(args.overlap_frames)
     with tempfile.TemporaryDirectory() as scratch:
         model = args.model
@@ -235,7 +283,7 @@ def main() -> None:
             from small_model import write_small_model
 
             model = str(write_small_model(Path(scratch) / "model"))
-        found = measure(sorted({*memory, *overlap}), memory, model, args.size)
+        found = measure([overlap, memory], 1, model, args.size)
     verdict = judged(found, memory, overlap)
     report = {
         "date": datetime.datetime.now(tz=datetime.UTC).date().isoformat(),

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tokenflow_batch.ahead import Behind, ahead
-from tokenflow_batch.clock import waited, waiting
+from tokenflow_batch.clock import Lap, waited, waiting
 from tokenflow_batch.errors import DamagedUnit
 from tokenflow_batch.ledger import StageFolder
 from tokenflow_batch.store import ArraySpec, ArrayStore, unit_name
@@ -131,6 +131,29 @@ def test_waiting_is_what_the_caller_stood_still_for():
     before = waited()
     list(items)
     assert waited() - before < 0.05  # it lay ready
+
+
+@pytest.mark.parametrize("computes", [True, False])
+def test_what_a_reader_computes_is_no_waiting_for_the_disk(computes):
+    def items():
+        for i in range(3):
+            if computes:
+                end = time.thread_time() + 0.1
+                while time.thread_time() < end:
+                    pass
+            else:
+                time.sleep(0.1)
+            yield i
+
+    lap = Lap()
+    assert list(ahead(items(), 1, computed=True)) == [0, 1, 2]
+    told = lap.take()
+    waited, decoding = told["waited"], told.get("decoding", 0.0)
+    assert waited + decoding > 0.25
+    assert decoding > 0.2 if computes else waited > 0.25
+    lap = Lap()
+    list(ahead(items(), 1))
+    assert lap.take()["waited"] > 0.25  # unless said, all is waiting
 
 
 # -- behind ----------------------------------------------------------------------------------

@@ -1,12 +1,15 @@
 """Reads ahead and writes behind, in threads, so that the model doesn't wait for the disk.
 
 Both are bounded: memory is that of a few items more. What is left of waiting is counted
-(`clock.waiting`): the seconds that a thread has stood still for reading or writing.
+(`clock.waiting`): the seconds that a thread has stood still for reading or writing. Where a reader
+computes what it gives, as a decoder does, the time it was at that is told apart.
 """
 
 from __future__ import annotations
 
+import functools
 import threading
+import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from queue import Empty, Queue
@@ -17,7 +20,7 @@ from tokenflow_batch.clock import waiting
 T = TypeVar("T")
 
 
-def ahead(items: Iterable[T], depth: int) -> Iterator[T]:
+def ahead(items: Iterable[T], depth: int, *, computed: bool = False) -> Iterator[T]:
     """Go through `items` in a thread of their own, up to `depth` items ahead of the caller.
 
     The thread starts at the first item asked for and ends with the last, with an error, or when
@@ -27,25 +30,29 @@ def ahead(items: Iterable[T], depth: int) -> Iterator[T]:
     Args:
         items: what to iterate over; used by that thread alone.
         depth: how many items are kept ready, at least 1.
+        computed: processor time of that thread isn't waiting for the disk.
 
     Raises:
         BaseException: whatever `items` raised, after the items before it.
     """
     if depth < 1:
         raise ValueError(f"depth must be at least 1, got {depth}")
-    return _ahead(items, depth)
+    return _ahead(items, depth, computed=computed)
 
 
-def _ahead(items: Iterable[T], depth: int) -> Iterator[T]:
-    ready: Queue[tuple[T] | BaseException | None] = Queue(depth)
+def _ahead(items: Iterable[T], depth: int, *, computed: bool) -> Iterator[T]:
+    ready: Queue[tuple[T, float] | BaseException | None] = Queue(depth)
     stop = threading.Event()
     # A daemon: a process that dies of something else must not wait for a reader.
-    thread = threading.Thread(target=_fill, args=(items, ready, stop), name="ahead", daemon=True)
+    filling = functools.partial(_fill, items, ready, stop)
+    thread = threading.Thread(target=filling, name="ahead", daemon=True)
     thread.start()
     try:
         while True:
-            with waiting():
+            with waiting() as pause:
                 found = ready.get()
+                if computed and isinstance(found, tuple):
+                    pause.computed = found[1]
             if found is None:
                 return
             if isinstance(found, BaseException):
@@ -58,15 +65,18 @@ def _ahead(items: Iterable[T], depth: int) -> Iterator[T]:
 
 
 def _fill(
-    items: Iterable[T], ready: Queue[tuple[T] | BaseException | None], stop: threading.Event
+    items: Iterable[T], ready: Queue[tuple[T, float] | BaseException | None], stop: threading.Event
 ) -> None:
     last: BaseException | None = None
     try:
+        began = time.perf_counter(), time.thread_time()
         for item in items:
+            took, computed = time.perf_counter() - began[0], time.thread_time() - began[1]
             if not stop.is_set():
-                ready.put((item,))
+                ready.put((item, min(computed / took, 1.0) if took else 0.0))
             if stop.is_set():
                 break
+            began = time.perf_counter(), time.thread_time()
         if isinstance(items, Generator):
             items.close()
     except BaseException as error:  # whatever it is, the caller gets it

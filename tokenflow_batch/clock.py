@@ -4,7 +4,8 @@ Every second of a thread belongs to the innermost kind that it is in: `unet` is 
 method's own `attention` and `correspondence` inside it, `video` in a pull of frames is without the
 `vae` that makes them. So kinds can be added up. Threads work side by side, so a sum may exceed the
 wall clock: reading and writing (`store`), decoding (`video`) mostly happen behind the model's back.
-What the model's thread stands still for is `waited`, whatever the others do meanwhile.
+What the model's thread stands still for is `waited`, whatever the others do meanwhile, but for what
+another spends on decoding the frames it needs next: that is computing, and counted as `decoding`.
 
 On a GPU kernels run long after they are launched, so a wall clock would see the launches only.
 There the kinds in `ON_DEVICE` take the device's own clock (`use_marks`): marks are put in its queue
@@ -22,6 +23,7 @@ from typing import Any, Final, Protocol, TypeVar
 T = TypeVar("T")
 
 KINDS: Final = ("unet", "attention", "correspondence", "vae", "video", "store")
+_ALWAYS: Final = ("elapsed", "waited")
 ON_DEVICE: Final = frozenset(("unet", "attention", "correspondence", "vae"))
 
 
@@ -40,7 +42,18 @@ class _Own(threading.local):
 
     def __init__(self) -> None:
         self.inside: list[str | None] = []
-        self.waited, self.depth = 0.0, 0
+        self.waited, self.decoding, self.depth = 0.0, 0.0, 0
+
+
+class Pause:
+    """A thread's standing still.
+
+    Attributes:
+        computed: the share of it that what it waits for was computed, not read or written.
+    """
+
+    def __init__(self) -> None:
+        self.computed = 0.0
 
 
 _own = _Own()
@@ -112,17 +125,19 @@ def waited() -> float:
 
 
 @contextmanager
-def waiting() -> Iterator[None]:
+def waiting() -> Iterator[Pause]:
     """What happens inside counts as waiting, once if nested, and not as the kind around it."""
-    began = time.perf_counter()
+    began, pause = time.perf_counter(), Pause()
     _own.depth += 1
     try:
         with measured(None):
-            yield
+            yield pause
     finally:
         _own.depth -= 1
         if _own.depth == 0:
-            _own.waited += time.perf_counter() - began
+            took = time.perf_counter() - began
+            _own.waited += took * (1 - pause.computed)
+            _own.decoding += took * pause.computed
 
 
 def seconds() -> dict[str, float]:
@@ -141,14 +156,15 @@ class Lap:
         self._last = _now()
 
     def take(self) -> dict[str, float]:
-        """`elapsed` of the calling thread, `waited` of it, and `seconds` of kinds that there were.
+        """`elapsed` of the calling thread, of it `waited` and, if any, `decoding`, and `seconds` of
+        kinds that there were.
 
         A next lap begins with it.
         """
         now = _now()
         told = {name: round(value - self._last[name], 6) for name, value in now.items()}
         self._last = now
-        return {name: value for name, value in told.items() if value or name not in KINDS}
+        return {name: value for name, value in told.items() if value or name in _ALWAYS}
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -162,4 +178,5 @@ class Lap:
 
 
 def _now() -> dict[str, float]:
-    return {"elapsed": time.perf_counter(), "waited": waited(), **seconds()}
+    own = {"waited": _own.waited, "decoding": _own.decoding}
+    return {"elapsed": time.perf_counter(), **own, **seconds()}

@@ -21,6 +21,7 @@ class Work:
         flops: floating-point operations in the UNet, partial rows among them, retried ones not.
         elapsed: seconds of the threads that did it, one a process; None where nobody counted.
         waited: of these, seconds that they stood still for reading and writing.
+        decoding: and those that they stood still for frames that were being decoded.
         seconds: by kind of work, of all threads (`clock`).
     """
 
@@ -30,6 +31,7 @@ class Work:
     flops: int
     elapsed: float | None
     waited: float
+    decoding: float
     seconds: Mapping[str, float]
 
     @classmethod
@@ -47,6 +49,7 @@ class Work:
             flops=int(told.get("flops", 0)),
             elapsed=told.get("elapsed"),
             waited=told.get("waited", 0.0),
+            decoding=told.get("decoding", 0.0),
             seconds={kind: told.get(kind, 0.0) for kind in KINDS},
         )
 
@@ -68,6 +71,7 @@ class Work:
             "gflop_per_frame": self.flops / 1e9 / frames,
             "elapsed_seconds": self.elapsed and round(self.elapsed, 3),
             "waited_seconds": round(self.waited, 3),
+            "decoding_seconds": round(self.decoding, 3),
             "waited_share": None if share is None else round(share, 4),
             "seconds": {kind: round(value, 3) for kind, value in self.seconds.items()},
         }

@@ -165,7 +165,8 @@ def read_frames(
         raise ValueError(f"frames {start} to {stop} of a video of {facts.frames}")
     if start == stop:
         return iter(())
-    return ahead(timed("video", _frames(path, facts, start, stop)), _AHEAD)
+    frames = timed("video", _frames(path, facts, start, stop))
+    return ahead(frames, _AHEAD, computed=True)
 
 
 def _frames(path: Path, facts: VideoFacts, start: int, stop: int) -> Iterator[NDArray[np.uint8]]:
