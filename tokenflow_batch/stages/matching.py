@@ -53,6 +53,7 @@ class Matching:
     groups: Mapping[int, Sequence[Site]]
     specs: Specs
     kept: Mapping[str, int]
+    _drawn: dict[int, list[int]] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, context: StageContext, clip: Clip, model: Model) -> Matching:
@@ -75,7 +76,10 @@ class Matching:
     def unit(self, step: int, chunk: Chunk) -> Unit:
         """Begin the unit of a chunk at a sampling step."""
         clip = self.clip
-        drawn = draw_keyframes(self.keyframe_seed, step, clip.segments)
+        if step not in self._drawn:  # a step's units mostly follow each other
+            self._drawn.clear()
+            self._drawn[step] = draw_keyframes(self.keyframe_seed, step, clip.segments)
+        drawn = self._drawn[step]
         near = {f: true_neighbours(f, drawn, clip.segment_length, clip.cuts) for f in chunk.frames}
         return Unit(self, step, chunk, drawn, near)
 
@@ -123,12 +127,12 @@ class Unit:
         for n in self.matching.groups:
             self._values[index_name(n)] = np.empty((size, 2, n), index_dtype(n))
         self._unseen = Counter(self._pair(f) for f in self.chunk.frames)
+        self._used = {self.drawn[k]: k for pair in self._unseen for k in pair}
 
     @property
     def outside(self) -> list[int]:
         """Keyframes that the chunk's frames look at and that lie in other chunks, ascending."""
-        used = {self.drawn[k] for near in self.near.values() for k in (near.first, near.second)}
-        return sorted(used - set(self.chunk.frames))
+        return sorted(set(self._used) - set(self.chunk.frames))
 
     def outside_seen(self, seen: SourcePass) -> None:
         """Take a pass over the keyframes `outside`."""
@@ -163,11 +167,10 @@ class Unit:
 
     def _look(self, frames: Sequence[int], seen: SourcePass) -> None:
         tokens = self.matching.joined(seen.tokens)
-        at = {f: k for k, f in enumerate(self.drawn)}
         for row, frame in enumerate(frames):
             own = {n: tokens_NLC[row] for n, tokens_NLC in tokens.items()}
-            if frame in at:
-                self._keyframes[at[frame]] = _own(own)
+            if frame in self._used:
+                self._keyframes[self._used[frame]] = _own(own)
             if frame in self.near:
                 self._waiting.setdefault(self._pair(frame), []).append((frame, own))
                 self._unseen[self._pair(frame)] -= 1
