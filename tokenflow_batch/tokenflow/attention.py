@@ -79,7 +79,7 @@ def attend(
 
 
 def _head_by_head(q_NHLD: Tensor, k_NHMD: Tensor, v_NHMD: Tensor, scale: float) -> Tensor:
-    """SDPA with each head's tokens made contiguous for as long as it is at work: the same bits.
+    """SDPA with each head's keys and values made contiguous while it is at work: the same bits.
 
     A CPU's kernel reads each block of keys and values again for each block of queries, which is
     slower by a tenth where the heads lie interleaved; copying all heads at once would double the
@@ -88,10 +88,16 @@ def _head_by_head(q_NHLD: Tensor, k_NHMD: Tensor, v_NHMD: Tensor, scale: float) 
     n, heads, length, width = q_NHLD.shape
     out_NHLD = q_NHLD.new_empty(n, length, heads, width).transpose(1, 2)
     for h in range(heads):
-        q, k, v = (x[:, h : h + 1].contiguous() for x in (q_NHLD, k_NHMD, v_NHMD))
-        one = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scale)
-        out_NHLD[:, h : h + 1] = one
+        one = slice(h, h + 1)
+        out_NHLD[:, one] = _one_head(q_NHLD[:, one], k_NHMD[:, one], v_NHMD[:, one], scale)
     return out_NHLD
+
+
+def _one_head(q_N1LD: Tensor, k_N1MD: Tensor, v_N1MD: Tensor, scale: float) -> Tensor:
+    # A function of its own, so that a head's copies are gone before the next one's are made.
+    return torch.nn.functional.scaled_dot_product_attention(
+        q_N1LD, k_N1MD.contiguous(), v_N1MD.contiguous(), scale=scale
+    )
 
 
 def split_heads(x_NLC: Tensor, heads: int) -> Tensor:
