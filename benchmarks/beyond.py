@@ -41,9 +41,9 @@ class ResidualPass(PropagationPass):
         """(3·N, L, C): the source branch is computed, the others add propagated changes to it."""
         del attn
         out_RKLC = self.keyframe_pass.outputs[site.index]
-        sides = self._sides(site, out_RKLC - out_RKLC[:1], self._correspondences(site, tokens_NLC))
+        change_RNLC = self.blended(site, out_RKLC - out_RKLC[:1], tokens_NLC)
         source_NLC = plain().chunk(self.branches)[0]
-        return (source_NLC + _blend(self.neighbours, *sides)).flatten(0, 1)
+        return (source_NLC + change_RNLC).flatten(0, 1)
 
 
 def residual(denoiser: Denoiser, hooks: Hooks, now: Moment, x: Tensor) -> Tensor:
@@ -102,7 +102,11 @@ class FlowPass(PropagationPass):
         """(R·N, L, C)."""
         del attn, plain
         out_RKLC = self.keyframe_pass.outputs[site.index][-self.branches :]
-        sides = self._sides(site, out_RKLC, self._correspondences(site, tokens_NLC))
+        frames = len(self.neighbours)
+        sides = [
+            self.blended(site, out_RKLC, tokens_NLC, [share] * frames)
+            for share in ((1.0, 0.0), (0.0, 1.0))
+        ]
         assert self.vote_hw is not None
         grid, now = site.grid(self.vote_hw), self.truth.now
         for side, tokens_RNLC in enumerate(sides):

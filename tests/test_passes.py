@@ -15,7 +15,7 @@ from tokenflow_batch.tokenflow.attention import (
     split_heads,
     tokenflow_hooks,
 )
-from tokenflow_batch.tokenflow.correspondence import match_frames
+from tokenflow_batch.tokenflow.correspondence import match_frames, vote
 from tokenflow_batch.tokenflow.denoise import Denoiser
 from tokenflow_batch.tokenflow.injection import (
     Site,
@@ -308,3 +308,32 @@ def test_the_neighbour_s_weight_decides_between_the_two_keyframes():
     spread = propagation_pass(joint, near, stored_index=index)
     out = spread.self_attention(Site(0, "", 0, False), None, torch.zeros(8, 4, 3), lambda: None)
     assert out.unflatten(0, (2, 4))[:, :, 0, 0].tolist() == [[0.0, 0.25, 0.5, 1.0]] * 2
+
+
+def test_votes_are_summed_as_they_are_weighted_and_found_once_for_all_sites(monkeypatch):
+    hw, frames, tokens = (4, 6), 3, 24
+    joint = keyframe_pass(branches=2)
+    joint.outputs = {n: normal(n, 2, K, tokens, 5) for n in (0, 1)}
+    near = [Neighbours(0, 1, 0.25), Neighbours(1, 2, 1.0), Neighbours(2, 2, 1.0, itself=True)]
+    draw = torch.Generator().manual_seed(2)
+    index = torch.randint(0, tokens, (frames, 2, tokens), generator=draw)
+    index[2] = torch.arange(tokens)
+    votes = []
+    monkeypatch.setattr(passes, "vote", lambda *a: votes.append(vote(*a)) or votes[-1])
+    spread = propagation_pass(joint, near, stored_index=[index, index], vote_hw=hw)
+    for n in (0, 1):
+        given = torch.zeros(2 * frames, tokens, 5)
+        got = spread.self_attention(Site(n, "", 0, False), None, given, lambda: None)
+        candidates, weight = votes[0]
+        for r, f in ((0, 0), (1, 1), (1, 2)):
+            table = joint.outputs[n][r].double()
+            sides = [
+                (weight[f, s, :, :, None] * table[k][candidates[f, s]]).sum(dim=1)
+                for s, k in enumerate((near[f].first, near[f].second))
+            ]
+            expected = near[f].weight * sides[0] + (1 - near[f].weight) * sides[1]
+            found = got.unflatten(0, (2, frames))[r, f]
+            torch.testing.assert_close(found.double(), expected, atol=1e-6, rtol=0)
+        itself = got.unflatten(0, (2, frames))[:, 2]
+        torch.testing.assert_close(itself, joint.outputs[n][:, 2], atol=1e-6, rtol=0)
+    assert len(votes) == 1

@@ -19,7 +19,7 @@ VERSIONS: Mapping[StageName, int] = {
     "encode": 2,
     "invert": 2,
     "match": 3,
-    "edit": 3,
+    "edit": 4,
     "render": 1,
     "report": 2,
 }

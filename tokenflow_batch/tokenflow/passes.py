@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from tokenflow_batch.clock import measured
 from tokenflow_batch.tokenflow.attention import (
@@ -24,6 +25,9 @@ from tokenflow_batch.tokenflow.attention import (
 from tokenflow_batch.tokenflow.correspondence import Backend, match_frames, vote
 from tokenflow_batch.tokenflow.injection import Site
 from tokenflow_batch.tokenflow.keyframes import Neighbours
+
+Shares = Sequence[tuple[float, float]]
+"""Per frame, how much the tokens of its first and of its second keyframe count."""
 
 
 class Enough(Exception):  # noqa: N818 - nothing is wrong
@@ -277,6 +281,7 @@ class PropagationPass:
         self.vote_hw = vote_hw
         self.inject_conv, self.stored_conv_NChw = inject_conv, stored_conv_NChw
         self.stored_index, self.matching = stored_index, matching
+        self._voted: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
     @property
     def searches(self) -> int:
@@ -294,11 +299,68 @@ class PropagationPass:
         plain: Callable[[], Tensor],  # noqa: ARG002
     ) -> Tensor:
         """Tokens of the neighbouring keyframes, gathered by correspondence and blended."""
-        index_N2L = self._correspondences(site, tokens_NLC)
         out_RKLC = self.keyframe_pass.outputs[site.index][-self.branches :]
-        first, second = self._sides(site, out_RKLC, index_N2L)
-        weight_N11 = torch.tensor([n.weight for n in self.neighbours]).to(first).view(-1, 1, 1)
-        return (weight_N11 * first + (1 - weight_N11) * second).flatten(0, 1)
+        return self.blended(site, out_RKLC, tokens_NLC).flatten(0, 1)
+
+    def blended(
+        self, site: Site, out_RKLC: Tensor, tokens_NLC: Tensor, shares: Shares | None = None
+    ) -> Tensor:
+        """The keyframes' tokens where correspondences say, both sides summed, (R, N, L, C).
+
+        Args:
+            site: which self-attention.
+            out_RKLC: what is propagated.
+            tokens_NLC: φ, in which correspondences are found if none are given.
+            shares: per frame, how much each side counts; as its neighbours' weight says if None.
+        """
+        index_N2L = self._correspondences(site, tokens_NLC)
+        first_N = torch.tensor([n.weight for n in self.neighbours])
+        share_N2 = (
+            torch.stack((first_N, 1 - first_N), dim=1) if shares is None else torch.tensor(shares)
+        )
+        share_N2 = share_N2.to(out_RKLC.device)
+        if self.vote_hw is None:
+            sides = (
+                propagate(out_RKLC, index_N2L[:, s], self._keyframes(s))
+                * share_N2[:, s].to(out_RKLC).view(-1, 1, 1)
+                for s in (0, 1)
+            )
+            return functools.reduce(torch.add, sides)
+        bags_NLV, votes_NLV = self._votes(site, index_N2L)
+        share_NLV = share_N2.repeat_interleave(votes_NLV.shape[-1] // 2, 1).unsqueeze(1)
+        weights = (votes_NLV * share_NLV).to(out_RKLC).flatten(0, 1)
+        # One pass over the tokens that add up to one, which a sum of gathered copies takes 18 for.
+        summed = [
+            functional.embedding_bag(
+                bags_NLV.flatten(0, 1),
+                out_KLC.flatten(0, 1),
+                mode="sum",
+                per_sample_weights=weights,
+            )
+            for out_KLC in out_RKLC
+        ]
+        return torch.stack(summed).unflatten(1, bags_NLV.shape[:2])
+
+    def _votes(self, site: Site, index_N2L: Tensor) -> tuple[Tensor, Tensor]:
+        """All candidates for a token in the keyframes' row of tokens, and the share of its side
+        that each has, (N, L, V): found once for all sites that have the same correspondences."""
+        assert self.vote_hw is not None  # noqa: S101 - asked for with votes only
+        tokens = index_N2L.shape[-1]
+        source = None if self.stored_index is None else self.stored_index[site.index]
+        known = self._voted.get(tokens)
+        if known is not None and source is not None and known[0] is source:
+            return known[1:]
+        _, width = site.grid(self.vote_hw)
+        index_N2LV, weight_N2LV = vote(index_N2L, width)
+        sides = torch.tensor([self._keyframes(s) for s in (0, 1)], device=index_N2L.device)
+        bags_N2LV = index_N2LV + sides.T.unflatten(1, (2, 1, 1)) * tokens
+        bags_NLV, votes_NLV = (x.transpose(1, 2).flatten(2) for x in (bags_N2LV, weight_N2LV))
+        if source is not None:
+            self._voted[tokens] = source, bags_NLV, votes_NLV
+        return bags_NLV, votes_NLV
+
+    def _keyframes(self, side: int) -> list[int]:
+        return [near_k(n, side) for n in self.neighbours]
 
     def pin(self, device: torch.device) -> None:
         """Have the stored features ready for a GPU to fetch by itself, while it computes.
@@ -307,25 +369,6 @@ class PropagationPass:
         """
         if device.type == "cuda" and self.stored_conv_NChw is not None:
             self.stored_conv_NChw = self.stored_conv_NChw.pin_memory()
-
-    def _sides(self, site: Site, out_RKLC: Tensor, index_N2L: Tensor) -> tuple[Tensor, Tensor]:
-        """What either keyframe gives, (R, N, L, C) each."""
-        keyframes = [[near_k(n, side) for n in self.neighbours] for side in (0, 1)]
-        if self.vote_hw is None:
-            first, second = (propagate(out_RKLC, index_N2L[:, s], keyframes[s]) for s in (0, 1))
-            return first, second
-        _, width = site.grid(self.vote_hw)
-        index_N2LV, weight_N2LV = vote(index_N2L, width)
-        weight_N2LV = weight_N2LV.to(out_RKLC)
-        sums = []
-        for s in (0, 1):
-            parts = (
-                propagate(out_RKLC, index_N2LV[:, s, :, v], keyframes[s])
-                * weight_N2LV[:, s, :, v, None]
-                for v in range(index_N2LV.shape[-1])
-            )
-            sums.append(functools.reduce(torch.add, parts))
-        return sums[0], sums[1]
 
     def _correspondences(self, site: Site, tokens_NLC: Tensor) -> Tensor:
         if self.stored_index is not None:
