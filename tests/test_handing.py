@@ -6,7 +6,7 @@ import pytest
 import torch
 from jobs import clip, command, folder_of, run_one, same, write_manifest
 
-from tokenflow_batch.config import Settings
+from tokenflow_batch.manifest import load
 from tokenflow_batch.plan import row_counts
 from tokenflow_batch.stages import invert
 from tokenflow_batch.store import ArrayStore
@@ -91,18 +91,12 @@ def test_what_was_lost_of_it_is_computed_and_planned(tmp_path, tiny_model):
     folder = folder_of(manifest, "match")
     for chunk in range(3):
         folder.forget(f"match-00001-{chunk:05d}")
-    alone = row_counts(Settings(**_settings(manifest)), FRAMES, handed=False)["match"]
+    alone = row_counts(load(manifest).jobs[0].settings, FRAMES, handed=False)["match"]
     assert planned_rows(manifest) == round(alone / 3)
     run_one(manifest, ("match",))
     again, both = stored(manifest)
     assert both["rows"] - totals["rows"] == FRAMES
     assert same(arrays, again)
-
-
-def _settings(manifest):
-    import yaml
-
-    return yaml.safe_load(manifest.read_text())["defaults"]
 
 
 def test_an_interrupted_inversion_hands_over_what_it_had(tmp_path, tiny_model, monkeypatch):

@@ -7,7 +7,7 @@ import av
 import numpy as np
 
 from tokenflow_batch.video import Encoding, probe, read_frames, write_segment
-from tokenflow_batch.video.writer import _repeatable_assembly
+from tokenflow_batch.video.writer import repeatable_assembly
 
 FAST = Encoding(preset="veryfast", threads=2)
 NTSC = Fraction(30000, 1001)
@@ -40,7 +40,7 @@ def make(
     """Encode a file with B-frames, and tracks of a sine that is quiet but for a click at 1/4 s."""
     with av.open(f"file:{path}", "w", container_options=container_options) as container:
         # Or two encodings of the same clip differ now and then.
-        steady = _repeatable_assembly() if codec == "libx264" else {}
+        steady = repeatable_assembly() if codec == "libx264" else {}
         stream = container.add_stream(codec, rate=rate, options={"preset": "veryfast", **steady})
         stream.width, stream.height, stream.pix_fmt = *size, pixel_format
         stream.codec_context.time_base = time_base

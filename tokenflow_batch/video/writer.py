@@ -134,7 +134,7 @@ def _add_stream(
         "preset": encoding.preset,
         "bf": "0",
         "flags": "+cgop",
-        **_repeatable_assembly(),
+        **repeatable_assembly(),
     }
     stream = container.add_stream("libx264", rate=rate, options=options)
     stream.width, stream.height = encoding.coded_size(frame.shape[1], frame.shape[0])
@@ -149,7 +149,7 @@ def _add_stream(
 
 
 @cache
-def _repeatable_assembly() -> dict[str, str]:
+def repeatable_assembly() -> dict[str, str]:
     """Options that keep x264 from using AVX-512.
 
     With it, x264 (core 165) gives other bits for the same frames once in some hundred runs,
