@@ -6,6 +6,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
+import pytest
 import yaml
 from typer.testing import CliRunner
 from video_files import frames_of, make, steps
@@ -30,6 +31,20 @@ SETTINGS = {
     "guidance_scale": 3.0,
 }
 EDIT = {"name": "blue", "prompt": "a blue ball on grass", "negative_prompt": "sand"}
+
+
+def quick_first(cases, quick, name=None):
+    """Parameters of a test that takes long: all but the `quick` ones are for the slow run."""
+    kept = [case in quick for case in cases]
+    assert sum(kept) == len(quick)
+    return [
+        pytest.param(
+            *(case if isinstance(case, tuple) else (case,)),
+            marks=() if now else pytest.mark.slow,
+            id=name(*case) if name else None,
+        )
+        for case, now in zip(cases, kept, strict=True)
+    ]
 
 
 def clip(path, frames, *, size=SIZE, sound=True):

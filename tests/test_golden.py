@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DDIMScheduler
+from jobs import quick_first
 from reference_tokenflow import Reference
 from tiny_model import CHANNELS, SCHEDULER, WIDTH, tiny_unet
 
@@ -120,6 +121,16 @@ CASES = {
     "default, wide, v, features again": ("default", 5, 2, (8, 16), 0.0, 1.0, "v_prediction"),
 }
 
+QUICK = [
+    "published",
+    "published, odd sizes",
+    "default, tail",
+    "default, wide, v, thresholds 1",
+    "default, sdedit",
+    "default, guidance on the way",
+    "default, wide, v, features again",
+]
+
 GUIDED = {
     "published, guidance on the way": (1, 3),
     "default, guidance on the way": (1, 3),
@@ -128,7 +139,7 @@ GUIDED = {
 """First step with guidance, and one past the last; otherwise all have it."""
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", quick_first(CASES, QUICK))
 def test_an_edit_is_what_a_plain_reference_makes_of_it(name):
     mode, frames, length, size, attn_t, f_t, kind = CASES[name]
     steps, guided = 4, GUIDED.get(name, (0, 4))

@@ -1,10 +1,11 @@
 """What invert hands to match is, bit for bit, what match computes by itself."""
 
 import json
+from itertools import product
 
 import pytest
 import torch
-from jobs import clip, command, folder_of, run_one, same, write_manifest
+from jobs import clip, command, folder_of, quick_first, run_one, same, write_manifest
 
 from tokenflow_batch.manifest import load
 from tokenflow_batch.plan import row_counts
@@ -23,6 +24,7 @@ KINDS = {
     "features in 8 bits": {"conv_features": "store8", "inversion_iterations": 2},
     "no features": {"technique": "sdedit"},
 }
+QUICK = [("as usual", True), ("chunks shorter than segments", False), ("two shots", True)]
 
 
 def stored(manifest):
@@ -43,8 +45,10 @@ def planned_rows(manifest):
     return json.loads(answer.stdout)["total"]["match"]["rows"]
 
 
-@pytest.mark.parametrize("swings", [False, True], ids=["calm", "retried"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "swings"),
+    quick_first([*product(KINDS, (False, True))], QUICK, "{}, retried: {}".format),
+)
 def test_handed_or_computed_the_bits_are_the_same(tmp_path, tiny_model, monkeypatch, kind, swings):
     settings = {"cuts": "none", **KINDS[kind]}
     monkeypatch.setattr("tokenflow_batch.tokenflow.ddim.TOLERANCE", 3e-3 if swings else 1e9)

@@ -14,10 +14,11 @@ import time
 from pathlib import Path
 
 import pytest
-from jobs import clip, outcome, run_one, same, snapshot, write_manifest
+from jobs import clip, outcome, quick_first, run_one, same, snapshot, write_manifest
 
 from tokenflow_batch import ledger
 
+KILLS = 10
 # Three segments in two overlapping windows with anchors, three chunks.
 JOB = {"chunk_frames": 3, "steps": 4, "window_segments": 2, "window_overlap": 1, "anchors": 2}
 COMMAND = Path(sys.executable).with_name("tokenflow-batch")
@@ -77,10 +78,8 @@ def assert_kept(before, after):
         assert (now_ns, now_files) == (time_ns, files)
 
 
-@pytest.mark.parametrize(
-    "kills", [pytest.param(1, id="one"), pytest.param(10, id="many", marks=pytest.mark.slow)]
-)
-def test_killed_and_started_again_it_ends_with_the_same_bits(whole, tmp_path, tiny_model, kills):
+@pytest.mark.slow
+def test_killed_and_started_again_it_ends_with_the_same_bits(whole, tmp_path, tiny_model):
     reference, idle, duration = whole
     seed = int(os.environ.get("TOKENFLOW_TEST_SEED", random.SystemRandom().randrange(10**6)))
     print(f"TOKENFLOW_TEST_SEED={seed}")
@@ -88,7 +87,7 @@ def test_killed_and_started_again_it_ends_with_the_same_bits(whole, tmp_path, ti
     clips, done, killed_at_work = 0, 0, 0
     manifest = None
     # On a machine that gets slower meanwhile, kills may all fall into the start-up: then some more.
-    while done < kills or (not killed_at_work and done < 5 * kills):
+    while done < KILLS or (not killed_at_work and done < 5 * KILLS):
         if manifest is None:
             folder = tmp_path / str(clips)
             clips += 1
@@ -119,14 +118,8 @@ def test_killed_and_started_again_it_ends_with_the_same_bits(whole, tmp_path, ti
     assert killed_at_work >= 1
 
 
-@pytest.mark.parametrize(
-    ("number", "times"),
-    [
-        (signal.SIGTERM, 1),
-        pytest.param(signal.SIGTERM, 3, marks=pytest.mark.slow),
-        pytest.param(signal.SIGINT, 2, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "times"), [(signal.SIGTERM, 3), (signal.SIGINT, 2)])
 def test_a_signal_stops_it_soon_and_nothing_is_lost(whole, tmp_path, tiny_model, number, times):
     reference, idle, duration = whole
     shutil.copy2(reference.parent / "clip.mp4", tmp_path)
@@ -182,12 +175,7 @@ def dying(monkeypatch, writes, *, after):
 
 @pytest.mark.parametrize(
     ("writes", "after"),
-    [
-        pytest.param(2, False, marks=pytest.mark.slow),
-        pytest.param(1, True, marks=pytest.mark.slow),
-        pytest.param(5, True, marks=pytest.mark.slow),
-        (7, False),
-    ],
+    quick_first([(2, False), (1, True), (5, True), (7, False)], [(7, False)]),
 )
 def test_dying_at_commit_after_commit_it_ends_with_the_same_files(
     tmp_path, tiny_model, monkeypatch, writes, after

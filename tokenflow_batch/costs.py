@@ -21,7 +21,13 @@ from tokenflow_batch.geometry import Fit, plan_geometry
 from tokenflow_batch.inputs import Keys
 from tokenflow_batch.measured import Measured
 from tokenflow_batch.model_shape import ModelShape
-from tokenflow_batch.plan import edit_flops, layout_of, partial_row_count, row_counts
+from tokenflow_batch.plan import (
+    edit_flops,
+    handed_rows,
+    layout_of,
+    partial_row_count,
+    row_counts,
+)
 from tokenflow_batch.stage_names import StageName
 from tokenflow_batch.tokenflow.modes import MODES
 
@@ -106,6 +112,20 @@ class JobSizes:
         working = plan_geometry(size, s.resolution, Fit(s.fit), known.shape.multiple).working
         return cls(known, s, _stored(job), clip, working)
 
+    def figures(
+        self, stage: StageName, keys: Keys, handed: float, *, beside: bool
+    ) -> tuple[tuple[int, float | None, int, int], int | None, int, int]:
+        """`cost`, `peak`, `partial_rows` and `flops`, for all jobs of one batch counted once."""
+        which = stage, handed, beside
+        if which not in self._figures:
+            self._figures[which] = (
+                self.cost(stage, keys, handed),
+                self.peak(stage, keys, beside=beside),
+                self.partial_rows(stage),
+                self.flops(stage, handed),
+            )
+        return self._figures[which]
+
     def cost(
         self, stage: StageName, keys: Keys, handed: float = 1.0
     ) -> tuple[int, float | None, int, int]:
@@ -128,8 +148,10 @@ class JobSizes:
 
     def rows(self, stage: StageName, handed: float = 1.0) -> int:
         """UNet rows, but for partial ones; `handed` as for `cost`."""
-        on_the_way, alone = (self._rows[kind].get(stage, 0) for kind in (True, False))
-        return round(handed * on_the_way + (1 - handed) * alone)
+        rows = self._rows.get(stage, 0)
+        if stage == "match" and handed < 1:
+            rows += round((1 - handed) * handed_rows(self.settings, self.clip.frames))
+        return rows
 
     def flops(self, stage: StageName, handed: float = 1.0) -> int:
         """Floating-point operations of the UNet; `handed` as for `cost`."""
@@ -191,15 +213,18 @@ class JobSizes:
         return self._frame_shape[1] * self._frame_shape[2]
 
     @cached_property
+    def _figures(self) -> dict[tuple[StageName, float, bool], Any]:
+        """As far as asked for."""
+        return {}
+
+    @cached_property
     def _bytes(self) -> dict[StageName, tuple[int, int]]:
         """Kept and for a while, as far as asked for."""
         return {}
 
     @cached_property
-    def _rows(self) -> Mapping[bool, Mapping[StageName, int]]:
-        """By whether `match` is handed what `invert` sees."""
-        size = self.clip.frames, self.clip.cuts
-        return {kind: row_counts(self.settings, *size, handed=kind) for kind in (True, False)}
+    def _rows(self) -> Mapping[StageName, int]:
+        return row_counts(self.settings, self.clip.frames, self.clip.cuts)
 
     @cached_property
     def _batches(self) -> Mapping[StageName, int]:

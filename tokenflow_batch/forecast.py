@@ -272,12 +272,12 @@ class _Counting:
         s, there = counted.settings, dict[StageName, float]()
         sizes: dict[StageName, int] = {"invert": s.inversion_steps, "match": s.steps}
         for stage, steps in sizes.items():
-            folder = self._folder(stage, keys[stage].key)
             if stage in again or now[stage].state == "waiting":
                 there[stage] = 0.0
             elif now[stage].state in ("done", "freed"):
                 there[stage] = 1.0
             else:
+                folder = self._folder(stage, keys[stage].key)
                 there[stage] = _share_there(folder, steps * counted.chunks)
         left = 1 - there["match"]
         return (1 - max(there.values())) / left if left else 0.0
@@ -310,8 +310,7 @@ class _Counting:
         self._taken.add(key)
         if now.state == "done":
             return StageCost("done", key=key)
-        cost, peak = counted.cost(stage, keys, handed), counted.peak(stage, keys, beside=beside)
-        partial, flops = counted.partial_rows(stage), counted.flops(stage, handed)
+        cost, peak, partial, flops = counted.figures(stage, keys, handed, beside=beside)
         if again or not now.units:
             state: State = "again" if again else "to do"
             return StageCost(state, *cost, key, peak, partial, flops)

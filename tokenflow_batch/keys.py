@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from tokenflow_batch.config import Job, Settings
 from tokenflow_batch.files import digest_json
+from tokenflow_batch.ranges import Part
 from tokenflow_batch.stage_names import StageName
 
 VERSIONS: Mapping[StageName, int] = {
@@ -50,9 +52,15 @@ _STORED_SOURCE = ("conv_features",)
 """Of PnP edits whose features come from `match`: in official mode they are found on the way."""
 _SDEDIT = ("strength",)
 _RENDER = ("crf", "audio", "restore_size")
-_LATER = ("guidance_interval", "conv_features")
+_LATER = {
+    name: Settings.model_fields[name].default for name in ("guidance_interval", "conv_features")
+}
 """Settings that came after the first keys: at their default, which changes nothing, they are left
 out, so that what was computed before them stays valid."""
+
+
+Values = tuple[tuple[str, Any], ...]
+"""Settings by name."""
 
 
 @dataclass(frozen=True)
@@ -88,39 +96,52 @@ def stage_keys(job: Job, identity: Identity, dtype: str) -> dict[StageName, Stag
         dtype: as configured (`auto` is not resolved: what it came to is in the numerics record).
     """
     s = job.settings
-    keys: dict[StageName, StageKey] = {}
+    stored = (job.stored_conv_steps, job.stored_conv8_steps)
+    of_source = (_values(s, names) for names in (_ENCODE, _INVERT, _MATCH))
+    source, match = _source_keys(identity, job.part, dtype, *of_source, (*stored, s.conv_site))
+    kept = _STORED_SOURCE if s.mode == "default" else ()
+    technique = (*_PNP, *kept) if s.technique == "pnp" else _SDEDIT
+    edit = _key("edit", {"match": match, **_pick(s, _EDIT), **_pick(s, technique)})
+    encode = source["encode"].key
+    render = _key("render", {"edit": edit.key, "encode": encode, **_pick(s, _RENDER)})
+    report = _key("report", {"render": render.key})
+    return {**source, "edit": edit, "render": render, "report": report}
 
-    def add(stage: StageName, values: Mapping[str, Any]) -> str:
-        described = {"stage": stage, "version": VERSIONS[stage], **values}
-        keys[stage] = StageKey(stage, digest_json(described)[:24], described)
-        return keys[stage].key
 
-    part = {"part": job.part.described()} if job.part is not None else {}
-    source = {"video": identity.video, **part}
-    encode = add("encode", {**source, "vae": identity.vae, "dtype": dtype, **_pick(s, _ENCODE)})
-    invert = add(
-        "invert",
-        {"encode": encode, "model": identity.denoiser, "dtype": dtype, **_pick(s, _INVERT)},
-    )
-    matched = {"invert": invert, **_pick(s, _MATCH)}
-    add("match", {**matched, **_stored(job)})
+def _key(stage: StageName, values: Mapping[str, Any]) -> StageKey:
+    described = {"stage": stage, "version": VERSIONS[stage], **values}
+    return StageKey(stage, digest_json(described)[:24], described)
+
+
+@lru_cache(maxsize=64)  # a clip's edits have these in common
+def _source_keys(
+    identity: Identity,
+    part: Part | None,
+    dtype: str,
+    encoded: Values,
+    inverted: Values,
+    matched: Values,
+    stored: tuple[int, int, str],
+) -> tuple[Mapping[StageName, StageKey], str]:
+    """The keys of `encode`, `invert` and `match`, and what an edit's key has of `match`'s."""
+    source = {"video": identity.video} | ({"part": part.described()} if part is not None else {})
+    encode = _key("encode", {**source, "vae": identity.vae, "dtype": dtype, **_json(encoded)})
+    model = {"encode": encode.key, "model": identity.denoiser, "dtype": dtype}
+    invert = _key("invert", {**model, **_json(inverted)})
+    described = {"invert": invert.key, **_json(matched)}
+    match = _key("match", {**described, **_stored(*stored)})
     # What an edit reads of `match` doesn't depend on how much more is stored for other edits.
-    match = digest_json({"version": VERSIONS["match"], **matched})[:24]
-    stored = _STORED_SOURCE if s.mode == "default" else ()
-    technique = (*_PNP, *stored) if s.technique == "pnp" else _SDEDIT
-    edit = add("edit", {"match": match, **_pick(s, _EDIT), **_pick(s, technique)})
-    render = add("render", {"edit": edit, "encode": encode, **_pick(s, _RENDER)})
-    add("report", {"render": render})
-    return keys
+    read = digest_json({"version": VERSIONS["match"], **described})[:24]
+    return {"encode": encode, "invert": invert, "match": match}, read
 
 
-def _stored(job: Job) -> dict[str, Any]:
+def _stored(steps: int, steps8: int, site: str) -> dict[str, Any]:
     """What of the convolution features `match` stores."""
-    found: dict[str, Any] = {"conv_steps": job.stored_conv_steps}
-    if job.stored_conv8_steps:
-        found["conv8_steps"] = job.stored_conv8_steps
-    if job.stored_conv_steps or job.stored_conv8_steps:
-        found["conv_site"] = job.settings.conv_site
+    found: dict[str, Any] = {"conv_steps": steps}
+    if steps8:
+        found["conv8_steps"] = steps8
+    if steps or steps8:
+        found["conv_site"] = site
     return found
 
 
@@ -129,10 +150,17 @@ STORED = ("conv_steps", "conv8_steps", "conv_site")
 
 
 def _pick(settings: Settings, names: tuple[str, ...]) -> dict[str, Any]:
+    return _json(_values(settings, names))
+
+
+def _values(settings: Settings, names: tuple[str, ...]) -> Values:
+    return tuple((name, getattr(settings, name)) for name in names)
+
+
+def _json(values: Values) -> dict[str, Any]:
     # As `model_dump` in JSON mode would give them, ten times as fast: plans make thousands of keys.
-    values = ((name, getattr(settings, name)) for name in names)
     return {
         name: list(v) if isinstance(v, tuple) else v
         for name, v in values
-        if not (name in _LATER and v == Settings.model_fields[name].default)
+        if not (name in _LATER and v == _LATER[name])
     }

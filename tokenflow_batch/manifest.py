@@ -307,11 +307,12 @@ def _split(
 ) -> tuple[M | None, Level]:
     """Part a level into its own entry (if it has one) and the settings it passes on."""
     own = set(model.model_fields) if model else set()
-    known = own | (set(Settings.model_fields) - {"prompt"})
+    fields = Settings.model_fields.keys()
+    known = own | (fields - {"prompt"})
     for key in raw:
         if key not in known:
             problems.add((*where, key), unknown_key(str(key), known))
-    settings = {k: v for k, v in raw.items() if k in Settings.model_fields and k not in own}
+    settings = {k: v for k, v in raw.items() if k in fields and k not in own}
     if model is None:
         return None, settings
     return _validate(model, {k: v for k, v in raw.items() if k in own}, where, problems), settings

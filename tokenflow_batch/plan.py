@@ -86,18 +86,34 @@ def guidance_of(settings: Settings) -> Guidance:
 
 def branches_at(settings: Settings, step: int) -> tuple[int, int]:
     """Rows per keyframe of the joint pass and per frame of the propagation, at a step."""
-    mode, injection = MODES[settings.mode], injection_of(settings)
-    guided = guidance_of(settings).on(step)
-    joint, spread = (
-        branch_count(mode, injection, step, keyframe_pass=kind, guided=guided)
-        for kind in (True, False)
-    )
+    joint, spread, _ = _branches(settings)[step]
     return joint, spread
+
+
+def _branches(s: Settings) -> Sequence[tuple[int, int, bool]]:
+    """`branches_at` every step, and whether it has guidance."""
+    return _branches_of(s.mode, injection_of(s), guidance_of(s), s.steps)
+
+
+@lru_cache(maxsize=64)
+def _branches_of(
+    mode: str, injection: Injection, guidance: Guidance, steps: int
+) -> Sequence[tuple[int, int, bool]]:
+    def at(step: int, *, joint: bool) -> int:
+        guided = guidance.on(step)
+        return branch_count(MODES[mode], injection, step, keyframe_pass=joint, guided=guided)
+
+    return [(at(t, joint=True), at(t, joint=False), guidance.on(t)) for t in range(steps)]
 
 
 def hands_over(settings: Settings) -> bool:
     """Whether `invert` ends where it has evaluated the model, so that `match` needs little more."""
     return MODES[settings.mode].stored_source and settings.inversion_iterations > 0
+
+
+def handed_rows(settings: Settings, frames: int) -> int:
+    """The rows that `match` is spared by an `invert` that hands over all it can."""
+    return settings.steps * frames if hands_over(settings) else 0
 
 
 def unet_calls(
@@ -134,9 +150,9 @@ def row_counts(
     s, mode = settings, MODES[settings.mode]
     layout = layout_of(s, frames, cuts)
     drawn = _draws(s, frames, cuts)
-    match = _outside(layout, s.chunk_frames, drawn)
-    if not (handed and hands_over(s)):
-        match += s.steps * frames
+    match = s.steps * frames + _outside(layout, s.chunk_frames, drawn)
+    if handed:
+        match -= handed_rows(s, frames)
     edit = _edit_work(s, frames, cuts)
     return {
         "invert": frames * s.inversion_steps * (1 + s.inversion_iterations),
@@ -171,10 +187,11 @@ def _edit_work(s: Settings, frames: int, cuts: tuple[int, ...]) -> _EditWork:
     beside = sum(anchors * (anchors - 1) + own * (own - 1 + seen) for own, seen in sizes)
     joint = pairs = spread = searched = 0
     draws, counted = _draws(s, frames, cuts), _predicted_by_all(layout, mode)
+    branches = _branches(s)
     for step in range(s.first_step, s.steps):
-        on_keyframes, on_frames = branches_at(s, step)
+        on_keyframes, on_frames, guided = branches[step]
         joint += on_keyframes * together
-        pairs += (1 + guidance_of(s).on(step)) * beside
+        pairs += (1 + guided) * beside
         predicted = counted(draws[step])
         spread += on_frames * predicted
         if not mode.stored_source:  # in both keyframes; the clip's first segment has one
@@ -269,7 +286,9 @@ def _predicted_by_all(layout: Layout, mode: Mode) -> Callable[[Sequence[int]], i
     lasts = [window.segments[-1].index for window in windows[:-1]]
     firsts = [window.segments[0].index for window in windows[1:]]
     alone = layout.frames + len(lasts)
-    return lambda drawn: alone + sum(drawn[i] for i in lasts) - sum(drawn[i] for i in firsts)
+    return lambda drawn: (
+        alone + sum(map(drawn.__getitem__, lasts)) - sum(map(drawn.__getitem__, firsts))
+    )
 
 
 def _predicted(layout: Layout, mode: Mode, drawn: Sequence[int], window: Window) -> int:
@@ -289,16 +308,15 @@ def _outside(layout: Layout, chunk_frames: int, drawn: Sequence[Sequence[int]]) 
     A keyframe beyond a border of chunks is looked at from the frame at the border if from any,
     unless that frame is a keyframe itself.
     """
-    found, segs = 0, layout.segments
-    starts = [segment.start for segment in segs]
+    found, segs, steps = 0, layout.segments, len(drawn)
+    starts, columns = [segment.start for segment in segs], list(zip(*drawn, strict=True))
     for border in range(chunk_frames, layout.frames, chunk_frames):
         after = bisect_right(starts, border) - 1
         before = after - (segs[after].start == border)
         ends, begins = _ends_shot(layout, segs[before]), _begins_shot(layout, segs[after])
-        for keyframes in drawn:
-            left, right = keyframes[before], keyframes[after]
-            found += left > border - 1 or (left < border - 1 and not ends)
-            found += right < border or (right > border and not begins)
+        left, right = columns[before], columns[after]
+        found += sum(k >= border for k in left) if ends else steps - left.count(border - 1)
+        found += sum(k < border for k in right) if begins else steps - right.count(border)
     return found
 
 

@@ -11,6 +11,7 @@ import struct
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 
 
@@ -43,12 +44,21 @@ def segments(frames: int, length: int, cuts: Sequence[int] = ()) -> list[Segment
     borders = [0, *cuts, frames]
     if any(a >= b for a, b in pairwise(borders)):
         raise ValueError(f"cuts {list(cuts)} must ascend between 1 and {frames - 1}")
+    if not cuts:
+        whole = frames // length
+        rest = [Segment(whole, whole * length, frames)] if frames % length else []
+        return [*_whole_segments(length, 1 << whole.bit_length())[:whole], *rest]
     starts = [
         (s, min(s + length, stop))
         for start, stop in pairwise(borders)
         for s in range(start, stop, length)
     ]
     return [Segment(b, start, stop) for b, (start, stop) in enumerate(starts)]
+
+
+@lru_cache(maxsize=64)  # most clips have no cuts, and plans are of thousands
+def _whole_segments(length: int, count: int) -> tuple[Segment, ...]:
+    return tuple(Segment(b, b * length, (b + 1) * length) for b in range(count))
 
 
 def draw_keyframe(seed: int, step: int, segment: Segment) -> int:
