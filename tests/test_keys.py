@@ -40,9 +40,9 @@ LITERAL = {
     "encode": "79ca856a10d75d7cd4dd26fc",
     "invert": "ae8a1ed02b1c9b7f5f5512d8",
     "match": "9c10896ff68899127755fc7f",
-    "edit": "e16e083486e02113196ad6c2",
-    "render": "ea619d02c5e6e2dc840dabe4",
-    "report": "bb2b4e82cc314794578d8514",
+    "edit": "9deb419936aba4ceef891cc0",
+    "render": "dc6f463ccbb4b4718854142d",
+    "report": "89061512170581de3a9cfb6e",
 }
 
 

@@ -20,12 +20,10 @@ from torch import Tensor, nn
 from tokenflow_batch.clock import measured
 from tokenflow_batch.tokenflow.compiled import uncompiled
 from tokenflow_batch.tokenflow.injection import CONV_SITE, Site, attention_sites, conv_module
+from tokenflow_batch.tokenflow.long_attention import attend_long, fits
 
 P = TypeVar("P", bound="Pass")
 AttentionBackend = Literal["sdpa", "xformers", "eager"]
-
-_LONG = 4096
-"""Keys from which on a CPU's kernel is given one head at a time."""
 
 
 def choose_attention(wanted: str, device_type: str) -> AttentionBackend:
@@ -62,8 +60,9 @@ def attend(
     """Softmax attention, (N, H, L, D).
 
     `sdpa` and `xformers` never hold the L × M matrix, and take heads as `split_heads` leaves them,
-    without a copy. `eager` does hold it: it is the published code's arithmetic, whose rounding
-    decides near-ties between tokens, for comparison with its vectors.
+    without a copy; for long sequences on a CPU `sdpa` is `attend_long`. `eager` does hold it: it is
+    the published code's arithmetic, whose rounding decides near-ties between tokens, for comparison
+    with its vectors.
     """
     if backend == "eager":
         weights = torch.softmax(q_NHLD @ k_NHMD.transpose(-1, -2) * scale, dim=-1)
@@ -73,31 +72,9 @@ def attend(
 
         rows = [x.transpose(1, 2).contiguous() for x in (q_NHLD, k_NHMD, v_NHMD)]
         return cast(Tensor, memory_efficient_attention(*rows, scale=scale)).transpose(1, 2)
-    if q_NHLD.device.type == "cpu" and k_NHMD.shape[2] >= _LONG:
-        return _head_by_head(q_NHLD, k_NHMD, v_NHMD, scale)
+    if fits(q_NHLD, k_NHMD, v_NHMD):
+        return attend_long(q_NHLD, k_NHMD, v_NHMD, scale)
     return torch.nn.functional.scaled_dot_product_attention(q_NHLD, k_NHMD, v_NHMD, scale=scale)
-
-
-def _head_by_head(q_NHLD: Tensor, k_NHMD: Tensor, v_NHMD: Tensor, scale: float) -> Tensor:
-    """SDPA with each head's keys and values made contiguous while it is at work: the same bits.
-
-    A CPU's kernel reads each block of keys and values again for each block of queries, which is
-    slower by a tenth where the heads lie interleaved; copying all heads at once would double the
-    keys and values of a window.
-    """
-    n, heads, length, width = q_NHLD.shape
-    out_NHLD = q_NHLD.new_empty(n, length, heads, width).transpose(1, 2)
-    for h in range(heads):
-        one = slice(h, h + 1)
-        out_NHLD[:, one] = _one_head(q_NHLD[:, one], k_NHMD[:, one], v_NHMD[:, one], scale)
-    return out_NHLD
-
-
-def _one_head(q_N1LD: Tensor, k_N1MD: Tensor, v_N1MD: Tensor, scale: float) -> Tensor:
-    # A function of its own, so that a head's copies are gone before the next one's are made.
-    return torch.nn.functional.scaled_dot_product_attention(
-        q_N1LD, k_N1MD.contiguous(), v_N1MD.contiguous(), scale=scale
-    )
 
 
 def split_heads(x_NLC: Tensor, heads: int) -> Tensor:
