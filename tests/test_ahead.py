@@ -159,7 +159,7 @@ def test_what_a_reader_computes_is_no_waiting_for_the_disk(computes):
 # -- behind ----------------------------------------------------------------------------------
 
 
-def test_pieces_are_done_one_at_a_time_in_order():
+def test_pieces_without_a_size_are_behind_alone():
     behind, gate, done = Behind(), threading.Event(), []
     behind.add("a", lambda: (gate.wait(20), done.append("a")))
     behind.wait("other")  # doesn't wait for `a`
@@ -189,6 +189,41 @@ def test_what_fails_behind_is_raised_by_the_next_call(ask):
         calls[ask]()
     behind.abandon()
     assert done == []
+
+
+def test_pieces_of_a_size_are_done_in_order_while_there_is_room():
+    behind, gate, done = Behind(room=10), threading.Event(), []
+    for name, size in (("a", 4), ("b", 6)):
+        behind.add(name, lambda name=name: (gate.wait(20), done.append(name)), size)
+    assert behind.pending("a")
+    assert behind.pending("b")
+    threading.Timer(0.05, gate.set).start()
+    behind.add("c", lambda: done.append("c"), 1)
+    assert done[0] == "a"
+    behind.add("much", lambda: done.append("much"), 100)
+    assert done[:3] == ["a", "b", "c"]
+    behind.drain()
+    assert done == ["a", "b", "c", "much"]
+    assert not behind.pending("much")
+
+
+def test_what_comes_after_a_failure_is_not_done_and_says_why():
+    behind, gate, done = Behind(), threading.Event(), []
+
+    def fail():
+        gate.wait(20)
+        raise OSError(28, "No space left on device")
+
+    behind.add("a", fail, 1)
+    behind.add("b", lambda: done.append("b"), 1)
+    gate.set()
+    with pytest.raises(OSError, match="No space left"):
+        behind.wait("b")
+    with pytest.raises(OSError, match="No space left"):
+        behind.drain()
+    behind.add("c", lambda: done.append("c"), 1)
+    behind.drain()
+    assert done == ["c"]
 
 
 # -- units behind ----------------------------------------------------------------------------
@@ -254,7 +289,27 @@ def test_whoever_needs_a_unit_waits_for_it(stage, gate, what):
         assert stage.committed(unit) is (what == "drop")
 
 
-def test_the_next_write_waits_and_says_how_long(stage, gate):
+def test_small_units_are_behind_together_and_read_from_memory(stage, gate):
+    """Reading them waits for nothing; what is committed and what is coming are read as one."""
+    store = ArrayStore.create(stage, SPEC)
+    gate.set()
+    store.write((0,), data(0))
+    stage.settle()
+    gate.clear()
+    store.write((1,), data(1))
+    store.write((2,), data(2))
+    assert [stage.coming(unit_name("made", (n,))) for n in range(3)] == [False, True, True]
+    rows = [data(n)["x"][i] for n, i in ((2, 1), (0, 0), (1, 1), (0, 1))]
+    assert np.array_equal(store.read("x", (), [5, 0, 3, 1]), rows)
+    assert seen_by_others(stage) == ["layout", "made-00000"]
+    gate.set()
+    stage.settle()
+    assert np.array_equal(store.read("x", (), [5, 0, 3, 1]), rows)
+    assert not any(stage.coming(unit) for unit in stage.units())
+
+
+def test_where_there_is_no_room_the_next_write_waits_and_says_how_long(stage, gate):
+    stage._behind._room = data(0)["x"].nbytes
     store = ArrayStore.create(stage, SPEC)
     store.write((0,), data(0))
     threading.Timer(0.2, gate.set).start()
@@ -273,6 +328,8 @@ def test_a_write_that_fails_stops_the_stage(stage, monkeypatch):
 
     monkeypatch.setattr(StageFolder, "commit", full)
     store.write((0,), data(0))
+    with pytest.raises(OSError, match="No space left"):
+        stage.committed(unit_name("made", (0,)))
     with pytest.raises(OSError, match="No space left"):
         store.write((1,), data(1))
     assert seen_by_others(stage) == ["layout"]

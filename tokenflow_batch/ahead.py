@@ -19,6 +19,9 @@ from tokenflow_batch.clock import waiting
 
 T = TypeVar("T")
 
+ROOM = 4 << 20
+"""Bytes that may wait to be written, where they are many small pieces: flat memory comes first."""
+
 
 def ahead(items: Iterable[T], depth: int, *, computed: bool = False) -> Iterator[T]:
     """Go through `items` in a thread of their own, up to `depth` items ahead of the caller.
@@ -94,44 +97,81 @@ def _empty(queue: Queue[T]) -> None:
 
 
 class Behind:
-    """Work done behind the caller's back: one piece at a time, so in order.
+    """Work done behind the caller's back: one piece at a time, in order.
 
-    A piece's error is raised by whichever call comes next.
+    A piece's error is raised by whichever call comes next; those after it are not done any more,
+    and have the same error.
+
+    Args:
+        room: bytes that pieces not yet done may hold together.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, room: int = ROOM) -> None:
+        self._room = room
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="behind")
-        self._piece: tuple[str, Future[None]] | None = None
+        self._pieces: dict[str, tuple[int, Future[None]]] = {}
+        self._failed: BaseException | None = None
 
-    def add(self, name: str, work: Callable[[], None]) -> None:
-        """Have `work` done; waits until the piece before it is."""
-        self.drain()
-        self._piece = (name, self._pool.submit(work))
+    def add(self, name: str, work: Callable[[], None], size: int | None = None) -> None:
+        """Have `work` done; waits until there is room for it.
+
+        Args:
+            name: to ask for it by.
+            work: what to do.
+            size: bytes that it holds until then; None takes all the room there is, and what takes
+                more is done alone.
+        """
+        wanted = self._room if size is None else size
+        while self._pieces and (self._taken() + wanted > self._room or self._oldest().done()):
+            self._forget_oldest()
+        self._pieces[name] = wanted, self._pool.submit(self._unless_failed, work)
+
+    def _unless_failed(self, work: Callable[[], None]) -> None:
+        if self._failed is not None:
+            raise self._failed
+        try:
+            work()
+        except BaseException as error:
+            self._failed = error
+            raise
+
+    def _taken(self) -> int:
+        return sum(size for size, _ in self._pieces.values())
+
+    def _oldest(self) -> Future[None]:
+        return next(iter(self._pieces.values()))[1]
+
+    def _forget_oldest(self) -> None:
+        oldest = self._oldest()
+        try:
+            with waiting():
+                oldest.result()
+        except Exception:
+            self.abandon()
+            raise
+        del self._pieces[next(iter(self._pieces))]
+
+    def pending(self, name: str) -> bool:
+        """Whether the piece of that name is still to be done."""
+        piece = self._pieces.get(name)
+        return piece is not None and not piece[1].done()
 
     def wait(self, name: str) -> None:
         """Return when the piece of that name is done; at once where it isn't in work.
 
         Any thread may ask.
         """
-        piece = self._piece
-        if piece is not None and piece[0] == name:
+        piece = self._pieces.get(name)
+        if piece is not None:
             with waiting():
                 piece[1].result()
 
     def drain(self) -> None:
         """Return when nothing is in work any more."""
-        if self._piece is None:
-            return
-        try:
-            with waiting():
-                self._piece[1].result()
-        except Exception:
-            self._piece = None
-            raise
-        self._piece = None
+        while self._pieces:
+            self._forget_oldest()
 
     def abandon(self) -> None:
         """Return when nothing is in work any more, whatever became of it."""
-        if self._piece is not None:
-            wait([self._piece[1]])
-            self._piece = None
+        wait([future for _, future in self._pieces.values()])
+        self._pieces, self._failed = {}, None

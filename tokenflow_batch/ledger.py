@@ -142,13 +142,27 @@ class StageFolder:
         write_json(self._record_path(unit), Record(listed, dict(told or {})).to_json())
         self._checked.add(unit)
 
-    def commit_behind(self, unit: str, work: Callable[[], None]) -> None:
+    def commit_behind(self, unit: str, work: Callable[[], None], size: int | None = None) -> None:
         """Have `work`, which writes and commits the unit, done while the caller goes on.
 
-        One unit is behind at most. Whoever asks about it waits for it, and nothing is dropped,
-        forgotten or declared done before it. Its error is raised by the next such call.
+        Several small units may be behind, in order. Whoever asks about one waits for it, and
+        nothing is dropped, forgotten or declared done before them. An error is raised by the next
+        such call, and none of those after it is committed.
+
+        Args:
+            unit: its name.
+            work: what to do.
+            size: bytes held until then; None for one that shall be behind alone.
         """
-        self._behind.add(unit, work)
+        self._behind.add(unit, work, size)
+
+    def coming(self, unit: str) -> bool:
+        """Whether the unit is behind: computed by this process, and soon committed."""
+        return self._behind.pending(unit)
+
+    def trusted(self, unit: str) -> bool:
+        """Whether the unit is one that this process has committed, or checked, and not removed."""
+        return unit in self._checked
 
     def settle(self) -> None:
         """Return when nothing is behind; raises what that has raised."""
@@ -201,6 +215,7 @@ class StageFolder:
             write_json(self._record_path(unit), marked.to_json())
         for name in record.files:
             (self.folder / name).unlink(missing_ok=True)
+        self._checked.discard(unit)
         self.release([unit])
 
     def forget(self, unit: str) -> None:

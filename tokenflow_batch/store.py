@@ -21,6 +21,7 @@ import zarr
 from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
+from tokenflow_batch.ahead import ROOM
 from tokenflow_batch.arrays import ArraySpec
 from tokenflow_batch.clock import measured, waiting
 from tokenflow_batch.ledger import StageFolder
@@ -104,6 +105,7 @@ class ArrayStore:
         self.stage, self.specs = stage, dict(specs)
         self._root = stage.files / "data.zarr"
         self._fresh: dict[tuple[str, Block], Array] = {}
+        self._last: Block = ()
         stage.check(LAYOUT)
         # A runtime setting of zarr, taken when an array is opened; without it a block of zeros
         # would never become a file.
@@ -154,8 +156,31 @@ class ArrayStore:
         unit = unit_name(kinds.pop(), block)
         told = {**(facts or {}), **(self.stage.lap.take() if timed else {})}
         kept = {n: v.astype(self.specs[n].dtype, copy=False) for n, v in values.items()}
-        self._fresh = {(name, block): data for name, data in kept.items()}
-        self.stage.commit_behind(unit, lambda: self._write(unit, block, kept, told))
+        self._keep(block, kept)
+        size = sum(data.nbytes for data in kept.values())
+        self.stage.commit_behind(unit, lambda: self._write(unit, block, kept, told), size)
+
+    def _keep(self, block: Block, values: Mapping[str, Array]) -> None:
+        """Have what was written last in memory, with what was before it as far as it is little."""
+        for name, data in values.items():
+            self._fresh.pop((name, block), None)  # its place is the last
+            self._fresh[name, block] = data
+        self._last = block
+        for what in list(self._fresh):
+            much = sum(data.nbytes for data in self._fresh.values()) > ROOM
+            if self._held(*what) is None or (much and not self._needed(*what)):
+                del self._fresh[what]
+
+    def _needed(self, name: str, block: Block) -> bool:
+        return block == self._last or self.stage.coming(self._unit(name, block))
+
+    def _held(self, name: str, block: Block) -> Array | None:
+        """A unit's data while they are in memory."""
+        known = self._needed(name, block) or self.stage.trusted(self._unit(name, block))
+        return self._fresh.get((name, block)) if known else None
+
+    def _unit(self, name: str, block: Block) -> str:
+        return unit_name(self.specs[name].unit, block)
 
     def _write(
         self, unit: str, block: Block, values: Mapping[str, Array], facts: Mapping[str, Any]
@@ -183,7 +208,7 @@ class ArrayStore:
     def read(self, name: str, block: Block, frames: Sequence[int] | range | None = None) -> Array:
         """Read frames of one leading position, checking the units they lie in.
 
-        The unit written last is not read back: it is still there, whether it is behind or not.
+        The units written last are not read back: they are still there, whether behind or not.
 
         Args:
             name: the array.
@@ -198,15 +223,20 @@ class ArrayStore:
         """
         spec = self.specs[name]
         wanted = np.arange(spec.frames) if frames is None else np.asarray(frames, dtype=np.int64)
-        units = {int(f) // spec.block_frames for f in wanted}
-        fresh = self._fresh.get((name, (*block, *units))) if len(units) == 1 else None
-        if fresh is not None:
-            return np.asarray(fresh[wanted % spec.block_frames])
-        with waiting(), measured("store"):
-            for index in sorted(units):
-                self.stage.check(unit_name(spec.unit, (*block, index)))
-            picked = self._arrays[name].oindex[(*block, wanted)]
-        return np.asarray(picked).reshape(len(wanted), *spec.tail)
+        owner = wanted // spec.block_frames
+        fresh = {n: self._held(name, (*block, n)) for n in map(int, np.unique(owner))}
+        stored = np.isin(owner, [n for n, data in fresh.items() if data is None])
+        found = np.empty((len(wanted), *spec.tail), spec.dtype)
+        for n, data in fresh.items():
+            if data is not None:
+                found[owner == n] = data[wanted[owner == n] % spec.block_frames]
+        if stored.any():
+            with waiting(), measured("store"):
+                for n in sorted(n for n, data in fresh.items() if data is None):
+                    self.stage.check(unit_name(spec.unit, (*block, n)))
+                picked = self._arrays[name].oindex[(*block, wanted[stored])]
+            found[stored] = np.asarray(picked).reshape(-1, *spec.tail)
+        return found
 
     def _where(self, name: str, block: Block) -> tuple[int | slice, ...]:
         spec = self.specs[name]

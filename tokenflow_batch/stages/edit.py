@@ -262,9 +262,9 @@ class _Editing:
             told = reached
         yield step, len(windows)
         self.tidy()
-        sharing.all_there(folder, windows)
+        sharing.all_there(folder, windows, coming=True)
         chunks = {unit_name("advance", (step + 1, c.index)): c for c in self.clip.chunks}
-        for chunk in sharing.share(folder, chunks):
+        for chunk in sharing.share(folder, chunks, coming=True):
             self._advance(step, chunk, drawn, s.first_step, sampler)
         advance(self.clip.frames - told)
         self.over = step

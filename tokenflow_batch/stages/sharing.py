@@ -54,13 +54,16 @@ class Sharing:
     patience: float | None = None
     _owed: dict[str, set[str]] = field(default_factory=dict, repr=False)
 
-    def share(self, folder: StageFolder, units: Mapping[str, T]) -> Iterator[T]:
+    def share(
+        self, folder: StageFolder, units: Mapping[str, T], *, coming: bool = False
+    ) -> Iterator[T]:
         """Go through the units that this process is to compute and commit.
 
         Args:
             folder: the stage's.
             units: unit name → whatever the caller needs to know; later ones may depend on earlier
                 ones (see `wait_for`).
+            coming: as for `all_there`.
 
         Yields:
             The values of those that nobody has committed or claimed. Afterwards all are committed.
@@ -70,7 +73,7 @@ class Sharing:
             NothingToDo: the others take longer than this process's patience.
         """
         yield from self.claimed(folder, units)
-        self.all_there(folder, units)
+        self.all_there(folder, units, coming=coming)
 
     def claimed(self, folder: StageFolder, units: Mapping[str, T]) -> Iterator[T]:
         """`share` without its end: what others have claimed may not be there yet."""
@@ -82,8 +85,17 @@ class Sharing:
                 self._owe(folder).add(name)
                 yield item
 
-    def all_there(self, folder: StageFolder, units: Iterable[str]) -> None:
-        """The end of `share`: return when all units are committed. It raises the same."""
+    def all_there(self, folder: StageFolder, units: Iterable[str], *, coming: bool = False) -> None:
+        """The end of `share`: return when all units are committed. It raises the same.
+
+        Args:
+            folder: the stage's.
+            units: names.
+            coming: what this process itself has behind needn't be committed yet where it is alone:
+                for callers that only go on to read.
+        """
+        if coming and self.team.size == 1:
+            units = [unit for unit in units if not folder.coming(unit)]
         self._wait(folder, units, self.over, self.patience)
 
     def once(self, folder: StageFolder, unit: str, work: Callable[[], None]) -> None:
