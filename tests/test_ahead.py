@@ -6,7 +6,7 @@ import time
 import numpy as np
 import pytest
 
-from tokenflow_batch.ahead import Behind, ahead
+from tokenflow_batch.ahead import PIECES, Behind, ahead
 from tokenflow_batch.clock import Lap, waited, waiting
 from tokenflow_batch.errors import DamagedUnit
 from tokenflow_batch.ledger import StageFolder
@@ -205,6 +205,18 @@ def test_pieces_of_a_size_are_done_in_order_while_there_is_room():
     behind.drain()
     assert done == ["a", "b", "c", "much"]
     assert not behind.pending("much")
+
+
+def test_no_more_pieces_wait_than_a_stopping_process_has_time_for():
+    behind, gate, done = Behind(), threading.Event(), []
+    for n in range(PIECES):
+        behind.add(str(n), lambda n=n: (gate.wait(20), done.append(n)), 0)
+    assert done == []
+    threading.Timer(0.05, gate.set).start()
+    behind.add("more", lambda: done.append("more"), 0)
+    assert done[0] == 0
+    behind.drain()
+    assert done == [*range(PIECES), "more"]
 
 
 def test_what_comes_after_a_failure_is_not_done_and_says_why():

@@ -21,6 +21,8 @@ T = TypeVar("T")
 
 ROOM = 4 << 20
 """Bytes that may wait to be written, where they are many small pieces: flat memory comes first."""
+PIECES = 24
+"""How many may wait: whoever is told to stop does them first, within seconds."""
 
 
 def ahead(items: Iterable[T], depth: int, *, computed: bool = False) -> Iterator[T]:
@@ -122,7 +124,7 @@ class Behind:
                 more is done alone.
         """
         wanted = self._room if size is None else size
-        while self._pieces and (self._taken() + wanted > self._room or self._oldest().done()):
+        while self._pieces and (self._full(wanted) or self._oldest().done()):
             self._forget_oldest()
         self._pieces[name] = wanted, self._pool.submit(self._unless_failed, work)
 
@@ -135,8 +137,9 @@ class Behind:
             self._failed = error
             raise
 
-    def _taken(self) -> int:
-        return sum(size for size, _ in self._pieces.values())
+    def _full(self, wanted: int) -> bool:
+        taken = sum(size for size, _ in self._pieces.values())
+        return taken + wanted > self._room or len(self._pieces) >= PIECES
 
     def _oldest(self) -> Future[None]:
         return next(iter(self._pieces.values()))[1]
