@@ -73,6 +73,7 @@ def write_batch(folder):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_status_of_ten_thousand_written_out_edits_takes_five_seconds(tmp_path):
     write_batch(tmp_path)
     seconds, said = quickest("status", 0, tmp_path)
@@ -81,6 +82,7 @@ def test_status_of_ten_thousand_written_out_edits_takes_five_seconds(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_plan_of_ten_thousand_written_out_edits_takes_five_seconds(tmp_path):
     """Headers were read before; no two clips are of the same length."""
     write_batch(tmp_path)
@@ -98,6 +100,7 @@ def test_plan_of_ten_thousand_written_out_edits_takes_five_seconds(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_help_costs_at_most_twice_a_bare_typer_app(tmp_path):
     (tmp_path / "bare.py").write_text(BARE)
     ours, bare = [], []

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import Literal
 
 from tokenflow_batch.config import Settings
@@ -149,8 +150,7 @@ def row_counts(
     """
     s, mode = settings, MODES[settings.mode]
     layout = layout_of(s, frames, cuts)
-    drawn = _draws(s, frames, cuts)
-    match = s.steps * frames + _outside(layout, s.chunk_frames, drawn)
+    match = s.steps * frames + _outside(layout, s.chunk_frames, _draws(s, frames, cuts))
     if handed:
         match -= handed_rows(s, frames)
     edit = _edit_work(s, frames, cuts)
@@ -186,13 +186,12 @@ def _edit_work(s: Settings, frames: int, cuts: tuple[int, ...]) -> _EditWork:
     together = sum(anchors + own for own, _ in sizes)
     beside = sum(anchors * (anchors - 1) + own * (own - 1 + seen) for own, seen in sizes)
     joint = pairs = spread = searched = 0
-    draws, counted = _draws(s, frames, cuts), _predicted_by_all(layout, mode)
-    branches = _branches(s)
+    counted, branches = _predicted_by_all(layout, mode, _draws(s, frames, cuts)), _branches(s)
     for step in range(s.first_step, s.steps):
         on_keyframes, on_frames, guided = branches[step]
         joint += on_keyframes * together
         pairs += (1 + guided) * beside
-        predicted = counted(draws[step])
+        predicted = counted[step]
         spread += on_frames * predicted
         if not mode.stored_source:  # in both keyframes; the clip's first segment has one
             searched += 2 * predicted - len(layout.segments[0])
@@ -257,10 +256,19 @@ def recomputes_conv(settings: Settings) -> bool:
 
 
 @lru_cache(maxsize=4)  # rows and FLOPs of a clip are asked for one after the other
-def _draws(s: Settings, frames: int, cuts: tuple[int, ...]) -> list[list[int]]:
-    """The keyframes of every step."""
-    layout = layout_of(s, frames, cuts)
-    return [_drawn(s.keyframe_seed, step, layout) for step in range(s.steps)]
+def _draws(s: Settings, frames: int, cuts: tuple[int, ...]) -> Sequence[tuple[int, ...]]:
+    """By segment, its keyframe at every step; clips without cuts differ in their last one only."""
+    segs, seed, steps = layout_of(s, frames, cuts).segments, s.keyframe_seed, range(s.steps)
+    if cuts:
+        return list(zip(*(draw_keyframes(seed, step, segs) for step in steps), strict=True))
+    whole = len(segs) - 1
+    many = _whole_columns(seed, s.steps, s.segment_length, 1 << whole.bit_length())
+    return [*many[:whole], tuple(draw_keyframe(seed, step, segs[-1]) for step in steps)]
+
+
+@lru_cache(maxsize=64)
+def _whole_columns(seed: int, steps: int, length: int, count: int) -> Sequence[tuple[int, ...]]:
+    return list(zip(*(_whole_draws(seed, t, length, count) for t in range(steps)), strict=True))
 
 
 def _drawn(seed: int, step: int, layout: Layout) -> list[int]:
@@ -277,18 +285,20 @@ def _whole_draws(seed: int, step: int, length: int, count: int) -> list[int]:
     return draw_keyframes(seed, step, segments(count * length, length))
 
 
-def _predicted_by_all(layout: Layout, mode: Mode) -> Callable[[Sequence[int]], int]:
-    """From the keyframes of a step, how many frames all windows predict together."""
+def _predicted_by_all(
+    layout: Layout, mode: Mode, draws: Sequence[tuple[int, ...]]
+) -> Sequence[int]:
+    """How many frames all windows predict together, at every step."""
     windows = layout.windows
     if layout.cuts or mode.neighbours is not true_neighbours:
-        return lambda drawn: sum(_predicted(layout, mode, drawn, window) for window in windows)
+        steps = zip(*draws, strict=True)
+        return [sum(_predicted(layout, mode, d, window) for window in windows) for d in steps]
     # Without shots, what neighbouring windows share lies between two keyframes.
-    lasts = [window.segments[-1].index for window in windows[:-1]]
-    firsts = [window.segments[0].index for window in windows[1:]]
-    alone = layout.frames + len(lasts)
-    return lambda drawn: (
-        alone + sum(map(drawn.__getitem__, lasts)) - sum(map(drawn.__getitem__, firsts))
-    )
+    found = [layout.frames + len(windows) - 1] * len(draws[0])
+    for before, after in pairwise(windows):
+        first, last = draws[after.segments[0].index], draws[before.segments[-1].index]
+        found = [n + stop - start for n, start, stop in zip(found, first, last, strict=True)]
+    return found
 
 
 def _predicted(layout: Layout, mode: Mode, drawn: Sequence[int], window: Window) -> int:
@@ -302,19 +312,19 @@ def _predicted(layout: Layout, mode: Mode, drawn: Sequence[int], window: Window)
     return stop - start
 
 
-def _outside(layout: Layout, chunk_frames: int, drawn: Sequence[Sequence[int]]) -> int:
+def _outside(layout: Layout, chunk_frames: int, draws: Sequence[tuple[int, ...]]) -> int:
     """Over all steps, how many keyframes lie in other chunks than the frames that look at them.
 
     A keyframe beyond a border of chunks is looked at from the frame at the border if from any,
     unless that frame is a keyframe itself.
     """
-    found, segs, steps = 0, layout.segments, len(drawn)
-    starts, columns = [segment.start for segment in segs], list(zip(*drawn, strict=True))
+    found, segs, steps = 0, layout.segments, len(draws[0])
+    starts = [segment.start for segment in segs]
     for border in range(chunk_frames, layout.frames, chunk_frames):
         after = bisect_right(starts, border) - 1
         before = after - (segs[after].start == border)
         ends, begins = _ends_shot(layout, segs[before]), _begins_shot(layout, segs[after])
-        left, right = columns[before], columns[after]
+        left, right = draws[before], draws[after]
         found += sum(k >= border for k in left) if ends else steps - left.count(border - 1)
         found += sum(k < border for k in right) if begins else steps - right.count(border)
     return found
