@@ -103,6 +103,8 @@ def change_one_value(said):
 JSON = {**FILE, "edited": lambda p: edit(p, change_one_value)}
 RECORD = {
     **FILE,
+    # Ends with its digest. In the middle are numbers, whose last bits may say the same.
+    "flipped": partial(flip, at=-20),
     "edited digest": lambda p: edit(p, swap_a_digest),
     "edited facts": lambda p: edit(p, lambda d: d["facts"].update(multiple=1)),
     "edited to dropped": lambda p: edit(p, lambda d: d.update(dropped=True)),
