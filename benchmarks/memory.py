@@ -248,7 +248,7 @@ def flops_ratios(model: Path, size: int, lengths: Sequence[int]) -> dict[str, fl
     from tokenflow_batch.config import Settings
     from tokenflow_batch.model_files import locate
     from tokenflow_batch.model_shape import ModelShape
-    from tokenflow_batch.plan import edit_flops
+    from tokenflow_batch.row_counts import edit_flops
 
     shape, s = ModelShape.of(locate(str(model))), Settings(steps=2, inversion_steps=2)
     _, *hw = shape.frame_shape((size, size))

@@ -8,7 +8,7 @@ import torch
 from jobs import clip, command, folder_of, quick_first, run_one, same, write_manifest
 
 from tokenflow_batch.manifest import load
-from tokenflow_batch.plan import row_counts
+from tokenflow_batch.row_counts import row_counts
 from tokenflow_batch.stages import invert
 from tokenflow_batch.store import ArrayStore
 from tokenflow_batch.tokenflow.ddim import invert_fixed_point

@@ -33,7 +33,7 @@ from video_files import TICK, VFR, frames_of, make, packets_of
 from tokenflow_batch.manifest import load as load_manifest
 from tokenflow_batch.model_files import locate
 from tokenflow_batch.models import load
-from tokenflow_batch.plan import row_counts
+from tokenflow_batch.row_counts import row_counts
 from tokenflow_batch.stage_names import STAGES
 from tokenflow_batch.status import status
 from tokenflow_batch.store import ArrayStore

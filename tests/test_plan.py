@@ -10,13 +10,8 @@ import yaml
 from tokenflow_batch.config import Settings
 from tokenflow_batch.demo.job import write_clip
 from tokenflow_batch.demo.scenes import Clip
-from tokenflow_batch.plan import (
-    partial_row_count,
-    partial_rows,
-    row_counts,
-    rows,
-    unet_calls,
-)
+from tokenflow_batch.plan import partial_rows, rows, unet_calls
+from tokenflow_batch.row_counts import partial_row_count, row_counts
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from rows import compare
@@ -110,5 +105,5 @@ def test_counted_rows_are_those_of_the_listed_calls(settings, frames, cuts):
 
 
 def test_planning_does_not_import_torch():
-    code = "import sys, tokenflow_batch.plan; sys.exit('torch' in sys.modules)"
+    code = "import sys, tokenflow_batch.row_counts; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -10,7 +10,8 @@ from tiny_model import tiny_unet
 
 from tokenflow_batch.config import Settings
 from tokenflow_batch.model_files import DEMO
-from tokenflow_batch.plan import UNetCall, edit_flops
+from tokenflow_batch.plan import UNetCall
+from tokenflow_batch.row_counts import edit_flops
 from tokenflow_batch.unet_flops import UNetFlops
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))

@@ -21,13 +21,8 @@ from tokenflow_batch.geometry import Fit, plan_geometry
 from tokenflow_batch.inputs import Keys
 from tokenflow_batch.measured import Measured
 from tokenflow_batch.model_shape import ModelShape
-from tokenflow_batch.plan import (
-    edit_flops,
-    handed_rows,
-    layout_of,
-    partial_row_count,
-    row_counts,
-)
+from tokenflow_batch.plan import layout_of
+from tokenflow_batch.row_counts import edit_flops, handed_rows, partial_row_count, row_counts
 from tokenflow_batch.stage_names import StageName
 from tokenflow_batch.tokenflow.modes import MODES
 
@@ -83,6 +78,30 @@ class Known:
 
 
 @dataclass(frozen=True)
+class Figures:
+    """What a stage of a job costs.
+
+    Attributes:
+        rows: UNet rows, but for partial ones.
+        seconds: None where no rate is known.
+        bytes: what it adds to the work folder and keeps.
+        scratch: bytes that it needs for a while on top.
+        peak: the most bytes of its device that it takes at once; None where nothing is known.
+        partial_rows: rows that leave the UNet early, after the convolution whose features they are
+            for.
+        flops: floating-point operations of the UNet.
+    """
+
+    rows: int = 0
+    seconds: float | None = 0.0
+    bytes: int = 0
+    scratch: int = 0
+    peak: int | None = 0
+    partial_rows: int = 0
+    flops: int = 0
+
+
+@dataclass(frozen=True)
 class JobSizes:
     """A job's costs as if nothing were there: the same for all jobs that `alike` can't tell apart.
 
@@ -112,61 +131,35 @@ class JobSizes:
         working = plan_geometry(size, s.resolution, Fit(s.fit), known.shape.multiple).working
         return cls(known, s, _stored(job), clip, working)
 
-    def figures(
-        self, stage: StageName, keys: Keys, handed: float, *, beside: bool
-    ) -> tuple[tuple[int, float | None, int, int], int | None, int, int]:
-        """`cost`, `peak`, `partial_rows` and `flops`, for all jobs of one batch counted once."""
-        which = stage, handed, beside
-        if which not in self._figures:
-            self._figures[which] = (
-                self.cost(stage, keys, handed),
-                self.peak(stage, keys, beside=beside),
-                self.partial_rows(stage),
-                self.flops(stage, handed),
-            )
-        return self._figures[which]
-
-    def cost(
-        self, stage: StageName, keys: Keys, handed: float = 1.0
-    ) -> tuple[int, float | None, int, int]:
-        """Rows, seconds, bytes kept, bytes for a while.
+    def figures(self, stage: StageName, keys: Keys, handed: float, *, beside: bool) -> Figures:
+        """A stage's, for all jobs of a batch that are alike counted once.
 
         Args:
             stage: which.
             keys: of the job.
             handed: the share of `match` that `invert` is still to do on its way.
+            beside: whether several edits of the clip go side by side.
         """
-        rows = self.rows(stage, handed)
-        if stage not in self._bytes:
-            self._bytes[stage] = getattr(self, f"_{stage}")()
-        work = rows + self.partial_rows(stage) * self._partial_share
-        return rows, self._seconds(stage, work, keys), *self._bytes[stage]
+        which = stage, handed, beside
+        if which not in self._figures:
+            self._figures[which] = self._count(stage, keys, handed, beside=beside)
+        return self._figures[which]
 
-    def partial_rows(self, stage: StageName) -> int:
-        """Rows that leave the UNet early, after the convolution whose features they are for."""
-        return self._partial if stage == "edit" else 0
+    def _count(self, stage: StageName, keys: Keys, handed: float, *, beside: bool) -> Figures:
+        rows, partial = self._rows_of(stage, handed), self._partial if stage == "edit" else 0
+        kept, scratch = getattr(self, f"_{stage}")()
+        seconds = self._seconds(stage, rows + partial * self._partial_share, keys)
+        flops = self._edit_flops if stage == "edit" else rows * self._flops()
+        peak = self._peak(stage, keys, beside=beside)
+        return Figures(rows, seconds, kept, scratch, peak, partial, flops)
 
-    def rows(self, stage: StageName, handed: float = 1.0) -> int:
-        """UNet rows, but for partial ones; `handed` as for `cost`."""
+    def _rows_of(self, stage: StageName, handed: float) -> int:
         rows = self._rows.get(stage, 0)
         if stage == "match" and handed < 1:
             rows += round((1 - handed) * handed_rows(self.settings, self.clip.frames))
         return rows
 
-    def flops(self, stage: StageName, handed: float = 1.0) -> int:
-        """Floating-point operations of the UNet; `handed` as for `cost`."""
-        if stage != "edit":
-            return self.rows(stage, handed) * self._flops()
-        return self._edit_flops
-
-    def peak(self, stage: StageName, keys: Keys, *, beside: bool = False) -> int | None:
-        """Bytes of the device at once, None where nothing is known.
-
-        Args:
-            stage: which.
-            keys: of the job.
-            beside: whether several edits of the clip go side by side.
-        """
+    def _peak(self, stage: StageName, keys: Keys, *, beside: bool) -> int | None:
         peaks = self._peaks(stage, keys)
         peak = predicted(peaks, stage, self._batches[stage] * self._area)
         on_host = any(p.device == "cpu" for p in peaks.get(stage, ()))
@@ -213,13 +206,8 @@ class JobSizes:
         return self._frame_shape[1] * self._frame_shape[2]
 
     @cached_property
-    def _figures(self) -> dict[tuple[StageName, float, bool], Any]:
+    def _figures(self) -> dict[tuple[StageName, float, bool], Figures]:
         """As far as asked for."""
-        return {}
-
-    @cached_property
-    def _bytes(self) -> dict[StageName, tuple[int, int]]:
-        """Kept and for a while, as far as asked for."""
         return {}
 
     @cached_property

@@ -10,13 +10,13 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 from tokenflow_batch.config import Batch, ConvFeatures, Job
-from tokenflow_batch.costs import ClipSize, JobSizes, Known, alike
+from tokenflow_batch.costs import ClipSize, Figures, JobSizes, Known, alike
 from tokenflow_batch.errors import TokenflowBatchError, VideoError
 from tokenflow_batch.files import FileMemory
 from tokenflow_batch.inputs import Inputs, Keys
@@ -32,32 +32,18 @@ State = Literal["done", "freed", "shared", "begun", "again", "to do"]
 """`freed`: done, its data removed since to keep the disk budget; `again`: so, but needed again."""
 
 
-@dataclass(frozen=True)
-class StageCost:
+@dataclass(frozen=True, kw_only=True)
+class StageCost(Figures):
     """What a stage of a job still costs; nothing where it is done or shared.
 
     Attributes:
         state: done already (freed: and removed since), shared with an earlier job, half done,
             to do (again: its data were removed).
-        rows: UNet rows, but for partial ones.
-        seconds: None where no rate is known.
-        bytes: what it adds to the work folder and keeps.
-        scratch: what it needs for a while on top.
         key: which result it is.
-        peak: the most memory of its device that it takes at once; None where nothing is known.
-        partial_rows: rows that leave the UNet early, for convolution features.
-        flops: floating-point operations of the UNet.
     """
 
     state: State
-    rows: int = 0
-    seconds: float | None = 0.0
-    bytes: int = 0
-    scratch: int = 0
-    key: str = ""
-    peak: int | None = 0
-    partial_rows: int = 0
-    flops: int = 0
+    key: str
 
 
 @dataclass(frozen=True)
@@ -144,16 +130,15 @@ class Forecast:
         job, stage = self.heaviest
         return (job.stages[stage].peak or 0) <= self.memory
 
-    def total(self, stage: StageName) -> StageCost:
+    def total(self, stage: StageName) -> Figures:
         """One stage over all jobs."""
         costs = [job.stages[stage] for job in self.jobs if stage in job.stages]
         known = [c.seconds for c in costs if c.seconds is not None]
-        return StageCost(
-            "to do",
-            sum(c.rows for c in costs),
-            sum(known) if len(known) == len(costs) else None,
-            sum(c.bytes for c in costs),
-            self._for_a_while[stage],
+        return Figures(
+            rows=sum(c.rows for c in costs),
+            seconds=sum(known) if len(known) == len(costs) else None,
+            bytes=sum(c.bytes for c in costs),
+            scratch=self._for_a_while[stage],
             peak=None if any(c.peak is None for c in costs) else _largest(costs),
             partial_rows=sum(c.partial_rows for c in costs),
             flops=sum(c.flops for c in costs),
@@ -304,32 +289,30 @@ class _Counting:
     ) -> StageCost:
         key = keys[stage].key
         if key in self._taken:
-            return StageCost("shared", key=key)
+            return StageCost(state="shared", key=key)
         if now.state == "freed" and not again:
-            return StageCost("freed", key=key)  # an edit further down may need it
+            return StageCost(state="freed", key=key)  # an edit further down may need it
         self._taken.add(key)
         if now.state == "done":
-            return StageCost("done", key=key)
-        cost, peak, partial, flops = counted.figures(stage, keys, handed, beside=beside)
+            return StageCost(state="done", key=key)
+        all_of_it = counted.figures(stage, keys, handed, beside=beside)
         if again or not now.units:
-            state: State = "again" if again else "to do"
-            return StageCost(state, *cost, key, peak, partial, flops)
-        folder = self._folder(stage, key)
-        work, seconds, kept, scratch = cost
+            return StageCost(**vars(all_of_it), state="again" if again else "to do", key=key)
+        return StageCost(**vars(self._left(counted, stage, key, all_of_it)), state="begun", key=key)
+
+    def _left(self, counted: JobSizes, stage: StageName, key: str, all_of_it: Figures) -> Figures:
+        folder, f = self._folder(stage, key), all_of_it
         there = folder.totals().get("rows", 0)
-        left = 1 - there / work if work else 1.0
+        left = 1 - there / f.rows if f.rows else 1.0
         if stage == "match":  # its units cost little or much
             left = 1 - _share_there(folder, counted.settings.steps * counted.chunks)
-        return StageCost(
-            "begun",
-            round(work * left),
-            None if seconds is None else seconds * left,
-            max(kept - stored_bytes(folder), 0),
-            scratch,
-            key,
-            peak,
-            round(partial * left),
-            round(flops * left),
+        return replace(
+            f,
+            rows=round(f.rows * left),
+            seconds=None if f.seconds is None else f.seconds * left,
+            bytes=max(f.bytes - stored_bytes(folder), 0),
+            partial_rows=round(f.partial_rows * left),
+            flops=round(f.flops * left),
         )
 
     def _clip(self, job: Job, keys: Keys) -> ClipSize:

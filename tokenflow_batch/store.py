@@ -165,22 +165,22 @@ class ArrayStore:
         for name, data in values.items():
             self._fresh.pop((name, block), None)  # its place is the last
             self._fresh[name, block] = data
-        self._last = block
-        for what in list(self._fresh):
-            much = sum(data.nbytes for data in self._fresh.values()) > ROOM
-            if self._held(*what) is None or (much and not self._needed(*what)):
+        self._last, much = block, sum(data.nbytes for data in self._fresh.values()) - ROOM
+        for what, data in list(self._fresh.items()):
+            if much > 0 and not self._needed(*what):
                 del self._fresh[what]
+                much -= data.nbytes
 
     def _needed(self, name: str, block: Block) -> bool:
-        return block == self._last or self.stage.coming(self._unit(name, block))
+        """Whether a unit is the last, or nowhere else yet."""
+        unit = unit_name(self.specs[name].unit, block)
+        return block == self._last or self.stage.coming(unit)
 
     def _held(self, name: str, block: Block) -> Array | None:
-        """A unit's data while they are in memory."""
-        known = self._needed(name, block) or self.stage.trusted(self._unit(name, block))
+        """A unit's data while they are in memory and nobody has removed the unit."""
+        unit = unit_name(self.specs[name].unit, block)
+        known = self._needed(name, block) or self.stage.trusted(unit)
         return self._fresh.get((name, block)) if known else None
-
-    def _unit(self, name: str, block: Block) -> str:
-        return unit_name(self.specs[name].unit, block)
 
     def _write(
         self, unit: str, block: Block, values: Mapping[str, Array], facts: Mapping[str, Any]

@@ -27,7 +27,8 @@ from tokenflow_batch.stage_names import STAGES
 
 if TYPE_CHECKING:
     from tokenflow_batch.config import Batch
-    from tokenflow_batch.forecast import Forecast, JobCost, StageCost
+    from tokenflow_batch.costs import Figures
+    from tokenflow_batch.forecast import Forecast, JobCost
 
 MANY = 500
 """Jobs up to which a refusal counts the whole batch again with other settings: seconds."""
@@ -179,17 +180,14 @@ def _as_json(found: Forecast) -> dict[str, Any]:
             "error": job.error,
             "frames": job.clip and job.clip.frames,
             "frames_exact": bool(job.clip and job.clip.exact),
-            "stages": {stage: _cost_json(cost) for stage, cost in job.stages.items()},
+            "stages": {s: {"state": c.state, **_cost_json(c)} for s, c in job.stages.items()},
         }
         for job in found.jobs
     ]
     heaviest = found.heaviest
-    total = {stage: _cost_json(found.total(stage)) for stage in STAGES}
-    for cost in total.values():
-        del cost["state"]
     return {
         "jobs": jobs,
-        "total": total,
+        "total": {stage: _cost_json(found.total(stage)) for stage in STAGES},
         "disk": {
             "bytes": found.bytes,
             "scratch_bytes": found.scratch,
@@ -208,9 +206,8 @@ def _as_json(found: Forecast) -> dict[str, Any]:
     }
 
 
-def _cost_json(cost: StageCost) -> dict[str, Any]:
+def _cost_json(cost: Figures) -> dict[str, Any]:
     return {
-        "state": cost.state,
         "rows": cost.rows,
         "partial_rows": cost.partial_rows,
         "flops": cost.flops,
