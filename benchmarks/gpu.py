@@ -218,7 +218,7 @@ class Bench:
 @contextmanager
 def bench(machine: Machine, shape: Shape, unet: Any) -> Iterator[Bench]:
     """Seams on a UNet, and off again."""
-    backend = choose_attention("auto", "cuda" if machine.gpu else "cpu")
+    backend = choose_attention("auto", "cuda" if machine.gpu else "cpu", machine.dtype)
     with tokenflow_hooks(unet, backend) as hooks:
         yield Bench(machine, shape, unet, hooks)
 

@@ -11,7 +11,7 @@ widths of the blocks of SD 1.x at 512×512 and of the demo model. Attention: the
 window in the finest block of SD 1.x (HW 4096, 8 heads × 40), all queries against all keys, as
 `KeyframePass` asks for it, in a process of its own, where the peak of memory is seen. It takes up
 to a minute, in which a machine changes its pace: it is timed in parts, products in between, and
-both rates are averages.
+both rates are averages; torch's own SDPA in the same parts, beside what we take, for comparison.
 
 Must hold: at 4096 tokens × 320 the fastest backend reaches 60 % of the square product's rate, and
 so does attention; its peak shows no copy of K or V, less than half of one. The exit code says so.
@@ -34,6 +34,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Final
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -203,7 +204,7 @@ def attention(
         side: of the square product.
     """
     machine.prepare()
-    backend = choose_attention("auto", "cuda" if machine.gpu else "cpu")
+    backend = choose_attention("auto", "cuda" if machine.gpu else "cpu", machine.dtype)
     width = FINEST[1] // HEADS
     q, k, v = (  # as `split_heads` leaves them
         machine.random(keyframes, tokens, HEADS, width, seed=s).transpose(1, 2) for s in range(3)
@@ -214,9 +215,12 @@ def attention(
     product()
     extended(q[:1], k[:1], v[:1], backend)()  # libraries allocate at the first call
     memory = _memory(machine, run)
-    seconds, products = 0.0, [machine.seconds(product) for _ in range(PRODUCTS)]
+    seconds, sdpa = 0.0, 0.0
+    products = [machine.seconds(product) for _ in range(PRODUCTS)]
     for part in q.split(-(-keyframes // PARTS)):
         seconds += machine.seconds(extended(part, k, v, backend))
+        with patch("tokenflow_batch.tokenflow.attention.fits", lambda *_: False):
+            sdpa += machine.seconds(extended(part, k, v, "sdpa"))
         products += [machine.seconds(product) for _ in range(PRODUCTS)]
     ceiling = amounts["matmul_square"] * len(products) / sum(products)
     flops = 4 * (keyframes * tokens) ** 2 * FINEST[1]
@@ -228,6 +232,7 @@ def attention(
         "gflops": flops / seconds / 1e9,
         "matmul_square_gflops": ceiling / 1e9,
         "share_of_square": flops / seconds / ceiling,
+        "torch_sdpa_share_of_square": flops / sdpa / ceiling,
         "keys_bytes": k.numel() * k.element_size(),
         **memory,
     }
@@ -254,13 +259,10 @@ def _memory(machine: Machine, run: Callable[[], Tensor]) -> dict[str, Any]:
         ctypes.CDLL(None).malloc_trim(0)  # what was freed before and kept would hide as much
     reset_peak(machine)
     present = peak(machine)
-    began = time.perf_counter()
     result = run()
     machine.wait()
-    seconds = time.perf_counter() - began
     above = peak(machine) - present
     return {
-        "seconds": seconds,
         "peak_above_inputs_bytes": above,
         "peak_above_output_bytes": above - result.numel() * result.element_size(),
     }

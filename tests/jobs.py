@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from devices import DEVICE
 from typer.testing import CliRunner
 from video_files import frames_of, make, steps
 
@@ -71,7 +72,7 @@ def write_manifest(folder, model, *, clips=None, name="manifest.yaml", runtime=N
         "version": 1,
         "model": str(model),
         "output": "out/",
-        "runtime": {"device": "cpu", "threads": 1, **(runtime or {})},
+        "runtime": {"device": DEVICE, "threads": 1, **(runtime or {})},
         "defaults": {**SETTINGS, **settings},
         "clips": clips,
     }

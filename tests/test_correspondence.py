@@ -5,6 +5,7 @@ import importlib.util
 import numpy as np
 import pytest
 import torch
+from devices import place_of
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -34,8 +35,7 @@ def tokens(seed, *shape):
 
 
 def to_device(backend, *tensors):
-    """Triton's kernel runs on a GPU where there is one, else on the CPU in its interpreter."""
-    return [t.to("cuda" if backend == "triton" and GPU else "cpu") for t in tensors]
+    return [t.to(place_of(backend)) for t in tensors]
 
 
 def nearest(query, candidates, backend):

@@ -99,7 +99,8 @@ def resolve(runtime: Runtime, local_rank: int = 0) -> Compute:
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
-        attention = choose_attention(runtime.attention, device.type)
+        dtype = _DTYPES[_dtype_name(runtime.dtype, device)]
+        attention = choose_attention(runtime.attention, device.type, dtype)
         matching = choose_backend(runtime.correspondence, device.type)
     except (RuntimeError, AssertionError, ValueError) as error:
         raise ModelError(f"runtime: {str(error).splitlines()[0]}") from None
@@ -108,9 +109,6 @@ def resolve(runtime: Runtime, local_rank: int = 0) -> Compute:
             f"runtime: torch.compile has no compiler for {device.type} here",
             hint="install a C++ compiler (g++), on a GPU Triton; or leave `compile` off",
         )
-    kind = runtime.dtype
-    if kind == "auto":
-        kind = "fp16" if device.type == "cuda" else "fp32"
     set_threads(runtime.threads)
     use_marks(_cuda_mark if device.type == "cuda" else None)
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -119,13 +117,19 @@ def resolve(runtime: Runtime, local_rank: int = 0) -> Compute:
     torch.backends.cudnn.deterministic = True
     return Compute(
         device,
-        _DTYPES[kind],
+        dtype,
         runtime.threads,
         attention,
         matching,
         runtime.channels_last,
         runtime.compile,
     )
+
+
+def _dtype_name(wanted: str, device: torch.device) -> str:
+    if wanted != "auto":
+        return wanted
+    return "fp16" if device.type == "cuda" else "fp32"
 
 
 def _can_compile(device: torch.device) -> bool:
@@ -313,8 +317,6 @@ def load(files: ModelFiles, compute: Compute) -> Model:
         raise ModelError(f"{files.path}: can't be loaded as Stable Diffusion: {reason}") from error
     if pipeline.unet.dtype != compute.dtype:
         raise ModelError(f"{files.path}: loaded as {pipeline.unet.dtype}, not {compute.dtype}")
-    if compute.attention == "xformers":
-        pipeline.unet.enable_xformers_memory_efficient_attention()
     return Model(pipeline, compute)
 
 

@@ -27,6 +27,8 @@ class MemoryUse:
 
     def __init__(self, device: torch.device, folder: StageFolder) -> None:
         self._device, self._whole = device, next(folder.units(), None) is None
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # what other stages had, and torch kept
         self._base = self._now()
         with suppress(OSError):  # other systems than Linux: nothing is told then
             if device.type == "cuda":

@@ -26,27 +26,35 @@ P = TypeVar("P", bound="Pass")
 AttentionBackend = Literal["sdpa", "xformers", "eager"]
 
 
-def choose_attention(wanted: str, device_type: str) -> AttentionBackend:
+def choose_attention(
+    wanted: str, device_type: str, dtype: torch.dtype = torch.float16
+) -> AttentionBackend:
     """Resolve `auto`: xformers where it is installed and has a kernel (CUDA), else SDPA.
+
+    Args:
+        wanted: `auto` or a backend's name.
+        device_type: where attention is to be computed.
+        dtype: in what.
 
     Raises:
         ValueError: `xformers` was asked for where it has no kernel.
     """
-    usable = wanted != "sdpa" and device_type == "cuda" and _xformers_works()
+    usable = wanted != "sdpa" and device_type == "cuda" and _xformers_works(dtype)
     if wanted == "auto":
         return "xformers" if usable else "sdpa"
     if wanted == "xformers" and not usable:
-        raise ValueError(f"xformers has no attention kernel for {device_type} here")
+        kind = f"{device_type} in {dtype}".replace("torch.", "")
+        raise ValueError(f"xformers has no attention kernel for {kind} here")
     return cast(AttentionBackend, wanted)
 
 
 @cache
-def _xformers_works() -> bool:
+def _xformers_works(dtype: torch.dtype) -> bool:
     """Whether xformers is there and has a kernel for this GPU: tried, not guessed."""
     try:
         from xformers.ops import memory_efficient_attention
 
-        tiny = torch.zeros(1, 8, 1, 8, dtype=torch.float16, device="cuda")
+        tiny = torch.zeros(1, 8, 1, 8, dtype=dtype, device="cuda")
         memory_efficient_attention(tiny, tiny, tiny)
     except Exception:  # a wheel for another torch fails in many ways
         return False

@@ -24,18 +24,25 @@ Backend = Literal["faiss", "torch", "triton"]
 _TILE = 1 << 22
 """Similarities held at once by the torch twin (16 MB in float32)."""
 
+_FAISS_BYTES = 1 << 28
+"""What FAISS keeps on a GPU to compute in."""
+
 _BLOCK = 64
 """Candidates whose largest similarity is found in one go."""
 
 
 @cache
 def faiss_available(device_type: str) -> bool:
-    """Whether FAISS is installed with support for this kind of device."""
+    """Whether FAISS is installed, and works on a GPU if that is asked: tried, not guessed."""
     try:
-        import faiss
-    except ImportError:  # not installed, or without its libraries
+        import faiss  # noqa: F401
+
+        if device_type == "cpu":
+            return True
+        unit_NC = torch.eye(40, device=device_type)
+        return _nearest_faiss(unit_NC.flip(0), unit_NC).tolist() == list(range(39, -1, -1))
+    except Exception:  # not installed, for CPUs alone, without CUDA's libraries, for another GPU
         return False
-    return device_type == "cpu" or hasattr(faiss, "StandardGpuResources")
 
 
 @cache
@@ -167,6 +174,7 @@ def _gpu_resources(device: int) -> Any:
     import faiss
 
     resources = faiss.StandardGpuResources()
+    resources.setTempMemory(_FAISS_BYTES)  # it would keep 1.5 GB
     resources.setDefaultNullStreamAllDevices()
     del device  # one set of resources per device: the cache key
     return resources
