@@ -8,10 +8,10 @@ clips of 512 × 512 pixels, edited by `tokenflow-batch run` in processes of thei
 
 whole: preset `balanced`, two edits of one clip: each stage's seconds, UNet rows and peak of memory,
 the seconds of a frame from an empty folder and of the second edit.
-cut: preset `fast`, a third as long. One run uncut, one that SIGKILL ends twice, one by two
-processes on the one device (`accelerate launch`): all must give the same latents and the same video
-file.
-long: the same, four times as long as the cut ones; its peaks of memory must be theirs.
+cut: preset `fast`, 16 frames in windows of 8. One run uncut, one that SIGKILL ends twice, one by
+two processes on the one device (`accelerate launch`): all must give the same latents and the same
+video file.
+long: the same, three times as long; its peaks of memory must be theirs.
 
 The exit code says whether bits and memory are as they must be.
 """
@@ -51,6 +51,7 @@ from tokenflow_batch.store import ArrayStore
 EDITS: Final = ("a marble ball on grass", "a wooden ball on sand")
 KILLS: Final = (0.3, 0.75)
 """At what shares of an uncut run's commits the other is killed."""
+SHORT: Final = 16
 FLAT: Final = 1.02
 """Peak of the long clip over that of the short one, at most."""
 TOGETHER: Final = (
@@ -103,24 +104,24 @@ class Job:
     """One clip with its edits in a folder of its own."""
 
     def __init__(
-        self, folder: Path, model: Path, frames: int, side: int, settings: Mapping[str, Any]
+        self, folder: Path, model: Path, video: Path, frames: int, settings: Mapping[str, Any]
     ) -> None:
         folder.mkdir()
         self.frames, self.manifest = frames, folder / "manifest.yaml"
-        clip = Clip.random(0, frames, side, zoom=0.2, turn=0.3)
-        write_clip(folder / "clip.mp4", clip, fps=24)
         settings = dict(settings)
         edits = EDITS[: settings.pop("edits", 1)]
         job = {
             "version": 1,
             "model": str(model),
             "output": "out/",
-            "runtime": settings.pop("runtime", {}),
+            "runtime": {"threads": 1},
             "defaults": settings,
             "clips": [
                 {
-                    "video": "clip.mp4",
-                    "source_prompt": clip.caption,
+                    "video": str(video),
+                    "name": "clip",
+                    "frames": [0, frames],
+                    "source_prompt": "a red ball on grass",
                     "edits": [{"name": f"edit{i}", "prompt": p} for i, p in enumerate(edits)],
                 }
             ],
@@ -134,7 +135,7 @@ class Job:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "2"},
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
 
     def commits(self) -> int:
@@ -230,28 +231,29 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--small", action="store_true", help="a small model, on a CPU too")
-    parser.add_argument("--frames", type=int, default=48, help="of the whole run")
+    parser.add_argument("--frames", type=int, default=24, help="of the whole run")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result here")
     args = parser.parse_args()
     shape, layers = (SMALL, 2) if args.small else (Shape(), 12)
     machine = Machine("cuda" if torch.cuda.is_available() else "cpu", torch.float16)
     settings: dict[str, Any] = {"preset": "fast", "window_segments": 2, "window_overlap": 1}
-    # A window's anchors and two segments: a third of the clip is as much as a window can be.
-    settings |= {"anchors": 2, "chunk_frames": 16, "segment_length": 4 if args.small else 8}
+    # Two anchors and two segments: even a short clip's windows are as large as any can be.
+    settings |= {"anchors": 2, "chunk_frames": 8, "segment_length": 4}
     balanced = {"preset": "fast" if args.small else "balanced", "edits": 2}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         model = write_model(folder / "model", shape, machine, layers=layers)
         if machine.gpu:
             torch.cuda.empty_cache()  # the runs have a GPU to themselves
-        third = 24 if args.small else max(24, args.frames // 3)
-        many = (2 if args.small else 4) * third
-        lengths = {"uncut": third, "killed": third, "shared": third, "long": many}
+        lengths = {"uncut": SHORT, "killed": SHORT, "shared": SHORT, "long": 3 * SHORT}
+        video = folder / "clip.mp4"
+        clip = Clip.random(0, max(args.frames, 3 * SHORT), shape.pixels, zoom=0.2, turn=0.3)
+        write_clip(video, clip, fps=24)
         jobs = {
-            name: Job(folder / name, model, frames, shape.pixels, settings)
+            name: Job(folder / name, model, video, frames, settings)
             for name, frames in lengths.items()
         }
-        whole = measure_whole(Job(folder / "whole", model, args.frames, shape.pixels, balanced))
+        whole = measure_whole(Job(folder / "whole", model, video, args.frames, balanced))
         print(json.dumps(whole, indent=1), flush=True)
         cut = measure_cuts(**jobs)
     report = {

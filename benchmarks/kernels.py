@@ -11,7 +11,8 @@ widths of the blocks of SD 1.x at 512×512 and of the demo model. Attention: the
 window in the finest block of SD 1.x (HW 4096, 8 heads × 40), all queries against all keys, as
 `KeyframePass` asks for it, in a process of its own, where the peak of memory is seen. It takes up
 to a minute, in which a machine changes its pace: it is timed in parts, products in between, and
-both rates are averages; torch's own SDPA in the same parts, beside what we take, for comparison.
+both rates are averages; what else there is (torch's own SDPA on a CPU, xformers on a GPU) in the
+same parts, for comparison.
 
 Must hold: at 4096 tokens × 320 the fastest backend reaches 60 % of the square product's rate, and
 so does attention; its peak shows no copy of K or V, less than half of one. The exit code says so.
@@ -215,12 +216,19 @@ def attention(
     product()
     extended(q[:1], k[:1], v[:1], backend)()  # libraries allocate at the first call
     memory = _memory(machine, run)
-    seconds, sdpa = 0.0, 0.0
+    parts, seconds, others = (
+        q.split(-(-keyframes // PARTS)),
+        0.0,
+        dict.fromkeys(_others(machine), 0.0),
+    )
+    if machine.gpu:  # and look for the best kernel at the first of every shape
+        for name in ("", *others):
+            _part(machine, name, parts[0], k, v)
     products = [machine.seconds(product) for _ in range(PRODUCTS)]
-    for part in q.split(-(-keyframes // PARTS)):
-        seconds += machine.seconds(extended(part, k, v, backend))
-        with patch("tokenflow_batch.tokenflow.attention.fits", lambda *_: False):
-            sdpa += machine.seconds(extended(part, k, v, "sdpa"))
+    for part in parts:
+        seconds += _part(machine, "", part, k, v)
+        for name in others:
+            others[name] += _part(machine, name, part, k, v)
         products += [machine.seconds(product) for _ in range(PRODUCTS)]
     ceiling = amounts["matmul_square"] * len(products) / sum(products)
     flops = 4 * (keyframes * tokens) ** 2 * FINEST[1]
@@ -232,10 +240,28 @@ def attention(
         "gflops": flops / seconds / 1e9,
         "matmul_square_gflops": ceiling / 1e9,
         "share_of_square": flops / seconds / ceiling,
-        "torch_sdpa_share_of_square": flops / sdpa / ceiling,
+        "others_share_of_square": {name: flops / s / ceiling for name, s in others.items()},
         "keys_bytes": k.numel() * k.element_size(),
         **memory,
     }
+
+
+def _others(machine: Machine) -> list[str]:
+    """What else could attend here, for comparison."""
+    if not machine.gpu:
+        return ["torch's sdpa"]
+    with contextlib.suppress(ValueError):
+        return [choose_attention("xformers", "cuda", machine.dtype)]
+    return []
+
+
+def _part(machine: Machine, other: str, q: Tensor, k: Tensor, v: Tensor) -> float:
+    """Seconds of a part of the queries, by what we take or by another."""
+    if other == "torch's sdpa":
+        with patch("tokenflow_batch.tokenflow.attention.fits", lambda *_: False):
+            return machine.seconds(extended(q, k, v, "sdpa"))
+    backend: AttentionBackend = "xformers" if other == "xformers" else "sdpa"
+    return machine.seconds(extended(q, k, v, backend))
 
 
 def extended(q: Tensor, k: Tensor, v: Tensor, backend: AttentionBackend) -> Callable[[], Tensor]:

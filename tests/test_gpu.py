@@ -53,7 +53,8 @@ def test_half_precision_and_what_is_fastest_are_the_defaults():
     assert found["dtype"] == "float16"
     assert torch.cuda.get_device_name() in found["device"]
     assert found["correspondence"] == ("triton" if triton_works("cuda") else "faiss")
-    assert found["attention"] == ("xformers" if usable("xformers", torch.float16) else "sdpa")
+    assert found["attention"] == "sdpa"
+    assert found["memory_format"] == "channels first"
 
 
 @pytest.fixture(scope="module")

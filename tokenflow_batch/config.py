@@ -65,7 +65,9 @@ class Runtime(Frozen):
     threads: int = Field(2, ge=1, le=1024, description="CPU threads of every process")
     attention: Literal["auto", "sdpa", "xformers"] = "auto"
     correspondence: Literal["auto", "faiss", "torch", "triton"] = "auto"
-    channels_last: bool = Field(True, description="how the model's images lie in memory")
+    channels_last: bool | None = Field(
+        None, description="how the model's images lie in memory; unset, what is fastest"
+    )
     compile: bool = Field(False, description="the UNet's parts through torch.compile")
     edits_together: int = Field(
         16, ge=1, le=1000, description="edits of a clip that go side by side, on one reading of it"

@@ -121,9 +121,16 @@ def resolve(runtime: Runtime, local_rank: int = 0) -> Compute:
         runtime.threads,
         attention,
         matching,
-        runtime.channels_last,
+        _channels_last(runtime, device),
         runtime.compile,
     )
+
+
+def _channels_last(runtime: Runtime, device: torch.device) -> bool:
+    """On a CPU a fifth faster; on an H100 a tenth slower, but for compiled parts."""
+    if runtime.channels_last is not None:
+        return runtime.channels_last
+    return device.type == "cpu" or runtime.compile
 
 
 def _dtype_name(wanted: str, device: torch.device) -> str:
@@ -347,7 +354,7 @@ def _frozen(module: Any, compute: Compute) -> Any:
     module = module.to(compute.device).eval().requires_grad_(False)
     if not compute.channels_last:
         return module
-    return module.to(memory_format=torch.channels_last)  # a fifth faster, on CPUs too
+    return module.to(memory_format=torch.channels_last)
 
 
 def _ddim(scheduler: Any) -> Any:

@@ -7,7 +7,10 @@ kernel return the same indices save ties within float32's rounding.
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
+import subprocess
+import sys
 from collections.abc import Sequence
 from functools import cache
 from typing import Any, Literal, cast
@@ -33,16 +36,26 @@ _BLOCK = 64
 
 @cache
 def faiss_available(device_type: str) -> bool:
-    """Whether FAISS is installed, and works on a GPU if that is asked: tried, not guessed."""
+    """Whether FAISS is installed, and works on a GPU if that is asked: tried, not guessed.
+
+    On a GPU that it has no code for FAISS ends the process, so it is tried in another one.
+    """
+    if importlib.util.find_spec("faiss") is None:
+        return False
+    if device_type == "cuda":
+        probe = [sys.executable, "-c", f"from {__name__} import _try_faiss; _try_faiss()"]
+        return subprocess.run(probe, capture_output=True, check=False).returncode == 0
     try:
         import faiss  # noqa: F401
-
-        if device_type == "cpu":
-            return True
-        unit_NC = torch.eye(40, device=device_type)
-        return _nearest_faiss(unit_NC.flip(0), unit_NC).tolist() == list(range(39, -1, -1))
-    except Exception:  # not installed, for CPUs alone, without CUDA's libraries, for another GPU
+    except Exception:  # without its libraries: it has its own ways to say so
         return False
+    return True
+
+
+def _try_faiss() -> None:
+    unit_NC = torch.eye(40, device="cuda")
+    if _nearest_faiss(unit_NC.flip(0), unit_NC).tolist() != list(range(39, -1, -1)):
+        raise SystemExit(1)
 
 
 @cache
