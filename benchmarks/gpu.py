@@ -7,7 +7,7 @@ Needs torch, diffusers and, where it is there, FAISS; of this package only the m
 PyAV nor OpenCV nor pydantic. A UNet and a VAE of Stable Diffusion 1.5's shape with random weights,
 512 × 512 pixels, in half precision.
 
-Seconds a frame are put together from measured parts: a UNet row in a batch of eight (inversion;
+Seconds a frame are put together from measured parts: a UNet row in a batch of 16 (inversion;
 1000 rows a frame for `official`, its reconstruction included, 50 by default), one step of matching,
 and of the edit one step of each kind (with queries and keys injected, with features alone, with
 neither) over all windows of the clip, times how many there are. Videos and disk are left out.
@@ -43,6 +43,9 @@ from tokenflow_batch.tokenflow.windows import Layout
 
 SEGMENT: Final = 8
 BATCH: Final = 8
+"""Frames between two keyframes, that are matched and edited together."""
+INVERTED: Final = 16
+"""Frames of a batch of the inversion."""
 T: Final = 401
 ALPHA: Final = 0.5
 STEPS: Final = {"official": 50, "default": 25}
@@ -140,7 +143,7 @@ class Bench:
         texts = Machine().random(3, *shape.text, seed=5)
         self.prompts = Prompts(*texts)
 
-    def row(self, batch: int = BATCH) -> float:
+    def row(self, batch: int = INVERTED) -> float:
         """Seconds of a UNet row in a batch."""
         x = self.machine.random(batch, *self.shape.latent, dtype=torch.float32)
         embed = self.prompts.source.unsqueeze(0)
@@ -288,7 +291,7 @@ def clips(b: Bench, frames: Sequence[int], vae: dict[str, float], stop: float) -
     shared_peak, taken = peak(b.machine), 0.0
     found: dict[str, Any] = {
         "row_seconds": row,
-        "row_seconds_by_batch": {n: b.row(n) for n in (BATCH, 2 * BATCH, 3 * BATCH)},
+        "row_seconds_by_batch": {n: b.row(n) for n in (8, 16, 24)},
         "match_step_seconds": match,
         "runs": [],
     }

@@ -111,7 +111,7 @@ class Settings(Frozen):
         4, ge=0, le=256, description="keyframes of the clip that every window attends to"
     )
     chunk_frames: int = Field(64, ge=1, le=65536, description="frames per unit of work and shard")
-    unet_batch: int = Field(8, ge=1, le=4096, description="frames per UNet call outside the edit")
+    unet_batch: int = Field(16, ge=1, le=4096, description="frames per UNet call outside the edit")
     vae_batch: int = Field(4, ge=1, le=4096)
     # the edit
     prompt: str = ""

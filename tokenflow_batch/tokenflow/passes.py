@@ -313,20 +313,20 @@ class PropagationPass:
             tokens_NLC: φ, in which correspondences are found if none are given.
             shares: per frame, how much each side counts; as its neighbours' weight says if None.
         """
-        index_N2L = self._correspondences(site, tokens_NLC)
         first_N = torch.tensor([n.weight for n in self.neighbours])
         share_N2 = (
             torch.stack((first_N, 1 - first_N), dim=1) if shares is None else torch.tensor(shares)
         )
         share_N2 = share_N2.to(out_RKLC.device)
         if self.vote_hw is None:
+            index_N2L = self._correspondences(site, tokens_NLC)
             sides = (
                 propagate(out_RKLC, index_N2L[:, s], self._keyframes(s))
                 * share_N2[:, s].to(out_RKLC).view(-1, 1, 1)
                 for s in (0, 1)
             )
             return functools.reduce(torch.add, sides)
-        bags_NLV, votes_NLV = self._votes(site, index_N2L)
+        bags_NLV, votes_NLV = self._votes(site, self.vote_hw, tokens_NLC)
         share_NLV = share_N2.repeat_interleave(votes_NLV.shape[-1] // 2, 1).unsqueeze(1)
         weights = (votes_NLV * share_NLV).to(out_RKLC).flatten(0, 1)
         # One pass over the tokens that add up to one, which a sum of gathered copies takes 18 for.
@@ -341,16 +341,15 @@ class PropagationPass:
         ]
         return torch.stack(summed).unflatten(1, bags_NLV.shape[:2])
 
-    def _votes(self, site: Site, index_N2L: Tensor) -> tuple[Tensor, Tensor]:
+    def _votes(self, site: Site, hw: tuple[int, int], tokens_NLC: Tensor) -> tuple[Tensor, Tensor]:
         """All candidates for a token in the keyframes' row of tokens, and the share of its side
         that each has, (N, L, V): found once for all sites that have the same correspondences."""
-        assert self.vote_hw is not None  # noqa: S101 - asked for with votes only
-        tokens = index_N2L.shape[-1]
+        tokens = tokens_NLC.shape[1]
         source = None if self.stored_index is None else self.stored_index[site.index]
         known = self._voted.get(tokens)
         if known is not None and source is not None and known[0] is source:
             return known[1:]
-        _, width = site.grid(self.vote_hw)
+        index_N2L, (_, width) = self._correspondences(site, tokens_NLC), site.grid(hw)
         index_N2LV, weight_N2LV = vote(index_N2L, width)
         sides = torch.tensor([self._keyframes(s) for s in (0, 1)], device=index_N2L.device)
         bags_N2LV = index_N2LV + sides.T.unflatten(1, (2, 1, 1)) * tokens
@@ -367,13 +366,18 @@ class PropagationPass:
 
         For the thread that reads ahead. On a CPU there is nothing to do.
         """
-        if device.type == "cuda" and self.stored_conv_NChw is not None:
+        if device.type != "cuda":
+            return
+        if self.stored_conv_NChw is not None:
             self.stored_conv_NChw = self.stored_conv_NChw.pin_memory()
+        if self.stored_index is not None:  # sites of one grid have one tensor, and go on having it
+            pinned = {id(index): index.pin_memory() for index in self.stored_index}
+            self.stored_index = [pinned[id(index)] for index in self.stored_index]
 
     def _correspondences(self, site: Site, tokens_NLC: Tensor) -> Tensor:
         if self.stored_index is not None:
             # Votes are counted where the tokens are.
-            return self.stored_index[site.index].to(tokens_NLC.device)
+            return self.stored_index[site.index].to(tokens_NLC.device, non_blocking=True)
         source_NLC = tokens_NLC.chunk(self.branches)[0]
         keyframes_KLC = self.keyframe_pass.tokens[site.index]
         return match_frames(source_NLC, keyframes_KLC, self.neighbours, self.matching)
