@@ -147,6 +147,25 @@ def test_what_is_written_is_read_in_any_process_and_order(stage):
     assert store.specs == SPECS
 
 
+def test_frames_side_by_side_are_read_as_one_slice(stage, monkeypatch):
+    """zarr takes forty times as long for a list of frames; whatever the list, it is right."""
+    filled(stage)
+    store = ArrayStore.open(again(stage))
+    asked, read = [], zarr.Array.__getitem__
+
+    def counted(array, selection):
+        asked.append(selection)
+        return read(array, selection)
+
+    monkeypatch.setattr(zarr.Array, "__getitem__", counted)
+    whole = store.read("latents", (1,))
+    assert [selection[-1] for selection in asked] == [slice(0, 7)]
+    for frames, runs in (([2, 3, 4, 5], 1), ([6, 0, 1, 3], 3), ([5, 4], 2), ([3, 3], 2)):
+        asked.clear()
+        assert np.array_equal(store.read("latents", (1,), frames), whole[frames])
+        assert len(asked) == runs
+
+
 def test_a_unit_is_one_file_per_array_and_a_tail_is_a_block_too(stage):
     filled(stage)
     for name, units in (("latents", 6), ("index", 6), ("sums", 2)):
