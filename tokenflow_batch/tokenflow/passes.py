@@ -282,6 +282,7 @@ class PropagationPass:
         self.inject_conv, self.stored_conv_NChw = inject_conv, stored_conv_NChw
         self.stored_index, self.matching = stored_index, matching
         self._voted: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        self._weights: Tensor | None = None
 
     @property
     def searches(self) -> int:
@@ -313,11 +314,7 @@ class PropagationPass:
             tokens_NLC: φ, in which correspondences are found if none are given.
             shares: per frame, how much each side counts; as its neighbours' weight says if None.
         """
-        first_N = torch.tensor([n.weight for n in self.neighbours])
-        share_N2 = (
-            torch.stack((first_N, 1 - first_N), dim=1) if shares is None else torch.tensor(shares)
-        )
-        share_N2 = share_N2.to(out_RKLC.device)
+        share_N2 = self._shares(shares, out_RKLC.device)
         if self.vote_hw is None:
             index_N2L = self._correspondences(site, tokens_NLC)
             sides = (
@@ -340,6 +337,15 @@ class PropagationPass:
             for out_KLC in out_RKLC
         ]
         return torch.stack(summed).unflatten(1, bags_NLV.shape[:2])
+
+    def _shares(self, shares: Shares | None, device: torch.device) -> Tensor:
+        """How much each side of every frame counts, (N, 2) float32."""
+        if shares is not None:
+            return torch.tensor(shares, device=device)
+        if self._weights is None:  # once for all sites: a GPU is waited for at every such copy
+            first_N = torch.tensor([n.weight for n in self.neighbours])
+            self._weights = torch.stack((first_N, 1 - first_N), dim=1).to(device)
+        return self._weights
 
     def _votes(self, site: Site, hw: tuple[int, int], tokens_NLC: Tensor) -> tuple[Tensor, Tensor]:
         """All candidates for a token in the keyframes' row of tokens, and the share of its side
