@@ -1,6 +1,7 @@
 """The benchmarks of kernels and of one GPU run, at a small size on a CPU, and judge rightly."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -50,3 +51,18 @@ def test_the_gpu_benchmark_runs_small_on_a_cpu(tmp_path):
     assert runs["official"]["edit_rows"] == 50 * 3 * (1 + 1 / 8)
     assert runs["official"]["seconds_per_frame"] > runs["default"]["seconds_per_frame"]
     assert set(report["half_against_float32"]["flipped_correspondences"]) == {"64", "16", "4", "1"}
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_the_whole_product_runs_small_on_a_cpu(tmp_path):
+    script = Path(kernels.__file__).with_name("full_size.py")
+    done = subprocess.run(
+        [sys.executable, script, "--small", "--json", tmp_path / "found.json"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert all(found["holds"].values())
+    assert found["cut"]["kills_at_work"] == 2
