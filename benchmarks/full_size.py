@@ -1,6 +1,6 @@
 """The whole product at Stable Diffusion 1.5's size: how long, in what memory, the same bits?
 
-    python benchmarks/full_size.py [--frames 48] [--json FILE]
+    python benchmarks/full_size.py [--frames 24] [--json FILE]
     python benchmarks/full_size.py --small          (a CPU will do: does all of it run?)
 
 For a GPU. A model of Stable Diffusion 1.5's shape with random weights, in half precision; generated
@@ -33,10 +33,10 @@ from typing import Any, Final
 import numpy as np
 import torch
 import yaml
-from diffusers import DDIMScheduler, StableDiffusionPipeline
 from gpu import SMALL, Shape
 from kernels import Machine
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from small_model import in_layout, random_text_encoder
+from transformers import CLIPTokenizer
 
 from tokenflow_batch.demo.job import write_clip
 from tokenflow_batch.demo.scenes import Clip
@@ -65,37 +65,10 @@ def write_model(folder: Path, shape: Shape, machine: Machine, *, layers: int) ->
     """A random model in diffusers' layout, in half precision; returns `folder`."""
     tokens, width = max(24, shape.text[0]), shape.text[1]
     tokenizer = CLIPTokenizer.from_pretrained(DEMO / "tokenizer", model_max_length=tokens)
-    text_encoder = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=width,
-            intermediate_size=4 * width,
-            num_hidden_layers=layers,
-            num_attention_heads=max(1, width // 64),
-            max_position_embeddings=tokens,
-            projection_dim=width,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
+    text_encoder = random_text_encoder(
+        tokenizer, width=width, inner=4 * width, layers=layers, heads=max(1, width // 64)
     )
-    pipeline = StableDiffusionPipeline(
-        vae=shape.vae(machine),
-        unet=shape.unet(machine),
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        scheduler=DDIMScheduler(
-            beta_start=0.00085,
-            beta_end=0.012,
-            beta_schedule="scaled_linear",
-            clip_sample=False,
-            set_alpha_to_one=False,
-            steps_offset=1,
-        ),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    pipeline = in_layout(shape.vae(machine), shape.unet(machine), text_encoder, tokenizer)
     pipeline.to(torch.float16).save_pretrained(folder, safe_serialization=True)
     return folder
 

@@ -25,10 +25,24 @@ def write_small_model(folder: Path, *, mid: bool = False) -> Path:
     """Save a model in diffusers' layout; returns `folder`."""
     torch.manual_seed(0)
     tokenizer = CLIPTokenizer.from_pretrained(DEMO / "tokenizer")
-    pipeline = StableDiffusionPipeline(
-        vae=_vae(),
-        unet=_mid_unet() if mid else _unet(),
-        text_encoder=_text_encoder(tokenizer),
+    vae, unet = _vae(), _mid_unet() if mid else _unet()
+    text_encoder = random_text_encoder(tokenizer, width=_WIDTH, inner=64, layers=2, heads=2)
+    pipeline = in_layout(vae, unet, text_encoder, tokenizer)
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
+def in_layout(
+    vae: AutoencoderKL,
+    unet: UNet2DConditionModel,
+    text_encoder: CLIPTextModel,
+    tokenizer: CLIPTokenizer,
+) -> StableDiffusionPipeline:
+    """Parts as a pipeline with Stable Diffusion's noise schedule."""
+    return StableDiffusionPipeline(
+        vae=vae,
+        unet=unet,
+        text_encoder=text_encoder,
         tokenizer=tokenizer,
         scheduler=DDIMScheduler(
             beta_start=0.00085,
@@ -42,8 +56,6 @@ def write_small_model(folder: Path, *, mid: bool = False) -> Path:
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    pipeline.save_pretrained(folder, safe_serialization=True)
-    return folder
 
 
 def _unet() -> UNet2DConditionModel:
@@ -89,16 +101,19 @@ def _vae() -> AutoencoderKL:
     )
 
 
-def _text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+def random_text_encoder(
+    tokenizer: CLIPTokenizer, *, width: int, inner: int, layers: int, heads: int
+) -> CLIPTextModel:
+    """For a tokenizer; `inner` is the width between the two layers of a feed-forward block."""
     return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
-            hidden_size=_WIDTH,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=2,
+            hidden_size=width,
+            intermediate_size=inner,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
             max_position_embeddings=tokenizer.model_max_length,
-            projection_dim=_WIDTH,
+            projection_dim=width,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,

@@ -31,8 +31,8 @@ def choose_attention(
 ) -> AttentionBackend:
     """Resolve `auto`: torch's SDPA.
 
-    On an H100 its kernel (cuDNN's) takes 60 % of the time of xformers' for the joint attention of
-    keyframes, on other GPUs both have the same one (benchmarks/gpu.py, docs/architecture.md).
+    On an H100 its kernel (cuDNN's) takes 54 % of the time of xformers' for the joint attention of
+    keyframes (benchmarks/gpu.py, docs/architecture.md); other GPUs were not measured.
 
     Args:
         wanted: `auto` or a backend's name.
