@@ -186,10 +186,10 @@ class Bench:
     def settings(self, mode: str) -> EditSettings:
         """Of an edit."""
         injection = Injection.pnp(STEPS[mode], 0.5, 0.8)
+        focus = 0.5 if mode == "default" else 1.0
+        guidance = Guidance.within(7.5, STEPS[mode], (0.0, 1.0), focus)
         _, *hw = self.shape.latent
-        return EditSettings(
-            Guidance(7.5), injection, BATCH, (hw[0], hw[1]), MODES[mode], self.matching
-        )
+        return EditSettings(guidance, injection, BATCH, (hw[0], hw[1]), MODES[mode], self.matching)
 
     def step(self, mode: str, frames: int, step: int) -> list[Tensor]:
         """Noise of all windows of a clip at one step."""
@@ -216,6 +216,7 @@ class Bench:
     def edit(self, mode: str, frames: int) -> dict[str, Any]:
         """Seconds a frame and UNet rows a frame of an edit, from a step of each kind."""
         injection, steps = self.settings(mode).injection, STEPS[mode]
+        # Guidance comes to be focused where queries and keys cease to be injected.
         borders = (0, injection.qk_steps, injection.conv_steps, steps)
         seconds, rows = 0.0, 0
         self.step(mode, frames, 0)  # libraries look for kernels at the first of every shape

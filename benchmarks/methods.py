@@ -10,6 +10,7 @@ Shape suffixes: T steps, F frames, K keyframes, L tokens, C channels, h w latent
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -30,6 +31,7 @@ from tokenflow_batch.tokenflow.ddim import (
     move,
 )
 from tokenflow_batch.tokenflow.denoise import Denoiser, EditSettings, Prompts, predict_window
+from tokenflow_batch.tokenflow.focus import Focus
 from tokenflow_batch.tokenflow.injection import Site
 from tokenflow_batch.tokenflow.keyframes import (
     Neighbours,
@@ -53,6 +55,7 @@ class Thresholds:
         guidance_scale: of the edit.
         attn_t: share of steps with injected queries and keys.
         f_t: share of steps with injected convolution features.
+        guidance_focus: share of steps from which the default mode guides where prompts differ.
         segment_length: B, frames per keyframe.
         keyframe_seed: of the keyframe draws.
     """
@@ -60,6 +63,7 @@ class Thresholds:
     guidance_scale: float = 5.0
     attn_t: float = 0.8
     f_t: float = 1.0
+    guidance_focus: float = 0.5
     segment_length: int = 8
     keyframe_seed: int = 0
 
@@ -171,6 +175,11 @@ class Moment:
         """All of the clip's."""
         return range(len(self.source))
 
+    def guidance(self, interval: tuple[float, float] = (0.0, 1.0)) -> Guidance:
+        """The default mode's."""
+        limits = self.thresholds
+        return Guidance.within(limits.guidance_scale, self.steps, interval, limits.guidance_focus)
+
     @property
     def injection(self) -> Injection:
         """The thresholds in steps."""
@@ -215,12 +224,13 @@ def predict(
     active: KeyframePass | PropagationPass,
     x: Tensor,
     frames: list[int],
+    focus: Focus | None = None,
 ) -> tuple[Tensor, ...]:
     """Noise of some frames during a pass, (N, C, h, w) for each of its branches."""
     rows = [now.source[frames], x[frames], x[frames]][-active.branches :]
     embeds = [now.prompts.source, now.prompts.negative, now.prompts.target][-active.branches :]
     embeds_NTE = torch.cat([e.expand(len(frames), -1, -1) for e in embeds])
-    with hooks.during(active):
+    with hooks.during(active), focus.watching() if focus else nullcontext():
         return denoiser.noise(torch.cat(rows), now.t, now.alpha, embeds_NTE).chunk(active.branches)
 
 
@@ -291,19 +301,24 @@ class TokenFlow:
         mode: default or published.
         keyframes: other keyframes than the drawn ones, from the moment.
         interval: shares of the steps between which there is guidance.
+        focus: whether guidance ends where the prompts say the same; published mode knows nothing
+            of it.
     """
 
     mode: Mode = DEFAULT
     keyframes: Callable[[Moment], Sequence[int]] | None = None
     interval: tuple[float, float] = (0.0, 1.0)
+    focus: bool = True
 
     def __call__(self, denoiser: Denoiser, hooks: Hooks, now: Moment, x: Tensor) -> Tensor:
         """See `Method`."""
         if self.keyframes is not None:
             now = replace(now, keyframes=self.keyframes(now))
+        if not self.focus:
+            now = replace(now, thresholds=replace(now.thresholds, guidance_focus=1.0))
         index = correspondences(now) if self.mode.stored_source else []
         settings = EditSettings(
-            guidance=Guidance.within(now.thresholds.guidance_scale, now.steps, self.interval),
+            guidance=now.guidance(self.interval),
             injection=now.injection,
             batch=now.thresholds.segment_length,
             latent_hw=(x.shape[2], x.shape[3]),
@@ -326,9 +341,9 @@ class TokenFlow:
 
 METHODS: Mapping[str, Method] = {
     "per_frame": per_frame,
-    "official": TokenFlow(PUBLISHED),
+    "official": TokenFlow(PUBLISHED, focus=False),
     "default": TokenFlow(),
-    "no vote": TokenFlow(replace(DEFAULT, vote=False)),
+    "guidance everywhere": TokenFlow(focus=False),
 }
 
 

@@ -10,7 +10,7 @@ R branches, N frames in a batch, H heads, D channels per head, C channels.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 from tokenflow_batch.tokenflow.attention import Hooks, attend, merge_heads, split_heads
 from tokenflow_batch.tokenflow.correspondence import normalise, vote
 from tokenflow_batch.tokenflow.denoise import Denoiser
+from tokenflow_batch.tokenflow.focus import Focus
 from tokenflow_batch.tokenflow.injection import Site
 from tokenflow_batch.tokenflow.keyframes import Neighbours, segments
 from tokenflow_batch.tokenflow.modes import DEFAULT, branch_count
@@ -260,12 +261,19 @@ def joined(
     """
     predict(denoiser, hooks, now, joint, x, list(now.keyframes))
     near, conv, found = neighbours(now), now.step < now.injection.conv_steps, []
+    guidance = now.guidance()
     for frames in batches(now.frames, now.thresholds.segment_length):
         batch = list(frames)
         features = {"inject_conv": conv, "stored_conv_NChw": now.conv[batch] if conv else None}
         active = spread(batch, [near[f] for f in batch], **features)
-        *_, negative, target = predict(denoiser, hooks, now, active, x, batch)
-        found.append(negative + now.thresholds.guidance_scale * (target - negative))
+        focus, scale = None, torch.tensor(guidance.scale)
+        if guidance.focused(now.step):
+            hw = (x.shape[2], x.shape[3])
+            focus = Focus(denoiser.unet, now.prompts.source, len(batch), hw)
+        *_, negative, target = predict(denoiser, hooks, now, active, x, batch, focus)
+        if focus is not None:
+            scale = 1 + (guidance.scale - 1) * focus.weight()
+        found.append(negative + scale * (target - negative))
     return torch.cat(found)
 
 
@@ -276,6 +284,7 @@ def middle_keyframes(now: Moment) -> list[int]:
 
 
 OPTIONS: Final[Mapping[str, Method]] = {
+    "no vote": TokenFlow(replace(DEFAULT, vote=False)),
     "guidance to 0.8": TokenFlow(interval=(0.0, 0.8)),
     "fixed keyframes": TokenFlow(keyframes=middle_keyframes),
     "forward-backward": Variant(Building(reach=1)),

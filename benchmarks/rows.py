@@ -17,7 +17,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from tokenflow_batch.stage_names import StageName
 from tokenflow_batch.stages.base import Advance
 from tokenflow_batch.stages.clip import read_clip
 from tokenflow_batch.tokenflow.attention import Hooks, tokenflow_hooks
+from tokenflow_batch.tokenflow.focus import Focus
 from tokenflow_batch.tokenflow.injection import CONV_SITE
 from tokenflow_batch.tokenflow.keyframes import Neighbours
 from tokenflow_batch.tokenflow.passes import Enough, FeaturePass, KeyframePass, PropagationPass
@@ -107,7 +108,9 @@ class MetaUNet:
             stored_index=None if call.searched else index,
             matching="torch",
         )
-        with hooks.during(spread):
+        text, hw = torch.empty(self.embed_shape, device="meta"), self.frame_shape[1:]
+        focus = Focus(self.unet, text, call.frames, (hw[0], hw[1])) if call.focused else None
+        with hooks.during(spread), focus.watching() if focus else nullcontext():
             return self._count(call.rows)
 
     def _count(self, n_rows: int) -> int:

@@ -62,7 +62,7 @@ from tokenflow_batch.tokenflow.anchors import look_of, spread_by_look
 from tokenflow_batch.tokenflow.attention import Hooks, tokenflow_hooks
 from tokenflow_batch.tokenflow.denoise import Denoiser, EditSettings, predict_window
 from tokenflow_batch.tokenflow.keyframes import draw_keyframes, segments, true_neighbours
-from tokenflow_batch.tokenflow.modes import DEFAULT, Guidance
+from tokenflow_batch.tokenflow.modes import DEFAULT
 from tokenflow_batch.tokenflow.windows import (
     Chunk,
     Layout,
@@ -113,7 +113,7 @@ class Windows:
             layout = replace(layout, anchors=chosen)
         inputs = Inputs(now, x, correspondences(now))
         settings = EditSettings(
-            guidance=Guidance(now.thresholds.guidance_scale),
+            guidance=now.guidance(),
             injection=now.injection,
             batch=LENGTH,
             latent_hw=(x.shape[2], x.shape[3]),

@@ -40,9 +40,9 @@ LITERAL = {
     "encode": "79ca856a10d75d7cd4dd26fc",
     "invert": "57b8226633bc75b49cbaa6c0",
     "match": "72fa86ffbf5f3ea6417af307",
-    "edit": "7db3aa8471ac337f11e8ff50",
-    "render": "66548661f48fb18d3cf36cad",
-    "report": "16b0e0e9772a7b81cf6f5c30",
+    "edit": "6e73d2ee499f3a85a804b093",
+    "render": "7343b6e49b7f21b26bd92151",
+    "report": "dae05b702aaaa8257a291ca6",
 }
 
 
@@ -80,6 +80,7 @@ EFFECTS = [
     ({"negative_prompt": "blurry"}, FROM["edit"]),
     ({"guidance_scale": 7.0}, FROM["edit"]),
     ({"guidance_interval": (0.0, 0.8)}, FROM["edit"]),
+    ({"guidance_focus": 0.8}, FROM["edit"]),
     ({"technique": "sdedit"}, FROM["edit"]),
     ({"sampler": "dpmsolver++"}, FROM["edit"]),
     ({"attn_t": 0.4}, FROM["edit"]),
@@ -120,6 +121,10 @@ def test_sdedit_depends_on_its_strength_and_not_on_pnp_s_thresholds():
     assert keys_of(**sdedit, attn_t=0.1, f_t=0.1) == base
     weaker = keys_of(**sdedit, strength=0.5)
     assert [s for s in STAGES if weaker[s] != base[s]] == FROM["edit"]
+
+
+def test_official_mode_knows_no_focus():
+    assert keys_of(mode="official", guidance_focus=0.8) == keys_of(mode="official")
 
 
 def test_how_features_are_kept_matters_where_stored_features_are_injected():

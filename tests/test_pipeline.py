@@ -196,7 +196,8 @@ def test_the_inverted_latents_are_those_that_sample_back_to_the_clean_ones(
 
 def test_one_frame_s_sdedit_is_plain_guided_sampling_by_diffusers(tmp_path, tiny_model, compute):
     clip(tmp_path / "clip.mp4", 1)
-    manifest = write_manifest(tmp_path, tiny_model, technique="sdedit", strength=1.0)
+    plain = {"technique": "sdedit", "strength": 1.0, "guidance_focus": 1.0}
+    manifest = write_manifest(tmp_path, tiny_model, **plain)
     run_one(manifest, STAGES[:4])
     x = ArrayStore.open(folder_of(manifest, "invert")).read("latents", (2,))
     expected = sampled(

@@ -78,6 +78,7 @@ def test_balanced_rows_per_frame():
         {"segment_length": 9, "window_segments": 3, "window_overlap": 1, "chunk_frames": 4},
         {"segment_length": 1, "chunk_frames": 5, "keyframe_seed": 7},
         {"guidance_interval": (0.2, 0.7)},
+        {"source_prompt": "a", "prompt": "b", "guidance_focus": 0.25},
         {"guidance_scale": 1.0, "mode": "official"},
         {"conv_features": "recompute"},
         {"conv_features": "recompute", "mode": "official"},

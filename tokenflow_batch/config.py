@@ -120,6 +120,11 @@ class Settings(Frozen):
     guidance_interval: INTERVAL = Field(
         (0.0, 1.0), description="shares of the sampling steps between which there is guidance"
     )
+    guidance_focus: SHARE = Field(
+        0.5,
+        description="share of the sampling steps from which on there is guidance only where the "
+        "prompt asks for something else than the source's; 1: everywhere to the end",
+    )
     technique: Technique = "pnp"
     attn_t: SHARE = Field(0.5, description="PnP: share of steps with injected queries and keys")
     f_t: SHARE = Field(0.8, description="PnP: share of steps with injected convolution features")

@@ -335,6 +335,7 @@ _COUNTED = attrgetter(
         "f_t",
         "guidance_scale",
         "guidance_interval",
+        "guidance_focus",
         "strength",
         "vae_batch",
         "sampler",

@@ -51,6 +51,8 @@ _PNP = ("attn_t", "f_t", "conv_site")
 _STORED_SOURCE = ("conv_features",)
 """Of PnP edits whose features come from `match`: in official mode they are found on the way."""
 _SDEDIT = ("strength",)
+_DEFAULT_MODE = ("guidance_focus",)
+"""Of edits in the default mode; the official one knows nothing of it."""
 _RENDER = ("crf", "audio", "restore_size")
 _LATER = {
     name: Settings.model_fields[name].default for name in ("guidance_interval", "conv_features")
@@ -99,9 +101,9 @@ def stage_keys(job: Job, identity: Identity, dtype: str) -> dict[StageName, Stag
     stored = (job.stored_conv_steps, job.stored_conv8_steps)
     of_source = (_values(s, names) for names in (_ENCODE, _INVERT, _MATCH))
     source, match = _source_keys(identity, job.part, dtype, *of_source, (*stored, s.conv_site))
-    kept = _STORED_SOURCE if s.mode == "default" else ()
+    kept, own = (_STORED_SOURCE, _DEFAULT_MODE) if s.mode == "default" else ((), ())
     technique = (*_PNP, *kept) if s.technique == "pnp" else _SDEDIT
-    edit = _key("edit", {"match": match, **_pick(s, _EDIT), **_pick(s, technique)})
+    edit = _key("edit", {"match": match, **_pick(s, (*_EDIT, *own, *technique))})
     encode = source["encode"].key
     render = _key("render", {"edit": edit.key, "encode": encode, **_pick(s, _RENDER)})
     report = _key("report", {"render": render.key})

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
@@ -37,6 +37,7 @@ class UNetCall:
         anchors: of a joint call, how many frames in front are anchors, and which of them the
             window's keyframes attend to.
         guided: of the edit's calls, whether a negative branch is among them.
+        focused: of propagation, whether it is found out where the prompts differ.
     """
 
     kind: Literal["plain", "keyframes", "propagation", "partial"]
@@ -47,6 +48,7 @@ class UNetCall:
     searched: int = 0
     anchors: tuple[bool, ...] = ()
     guided: bool = True
+    focused: bool = False
 
     @property
     def rows(self) -> int:
@@ -76,8 +78,15 @@ def injection_of(settings: Settings) -> Injection:
 
 
 def guidance_of(settings: Settings) -> Guidance:
-    """The guidance and its interval in steps."""
-    return Guidance.within(settings.guidance_scale, settings.steps, settings.guidance_interval)
+    """The guidance, its interval in steps, and from when on it is where the prompts differ.
+
+    That is never so in official mode, nor where there is nothing to compare: no source prompt, or
+    the same one.
+    """
+    s = settings
+    comparable = s.source_prompt not in ("", s.prompt) and s.mode != "official"
+    focus = s.guidance_focus if comparable else 1.0
+    return Guidance.within(s.guidance_scale, s.steps, s.guidance_interval, focus)
 
 
 def branches_at(settings: Settings, step: int) -> tuple[int, int]:
@@ -171,7 +180,7 @@ def _edit(s: Settings, frames: int, mode: Mode, cuts: Sequence[int]) -> Counter[
     for step in range(s.first_step, s.steps):
         drawn = draw_keyframes(s.keyframe_seed, step, layout.segments)
         conv, qk = step < injection.conv_steps, step < injection.qk_steps
-        guided = guidance_of(s).on(step)
+        guided, focused = guidance_of(s).on(step), guidance_of(s).focused(step)
         joint, spread = branches_at(s, step)
         for window in layout.windows:
             now = layout.moment(mode.neighbours, drawn, window)
@@ -184,7 +193,7 @@ def _edit(s: Settings, frames: int, mode: Mode, cuts: Sequence[int]) -> Counter[
                 keyframes = {k for n in near for k in (n.first, n.second)}
                 searched = 0 if mode.stored_source else len(keyframes)
                 call = UNetCall("propagation", len(near), spread, conv, False, searched, (), guided)
-                total[call] += 1
+                total[replace(call, focused=focused)] += 1
     return total
 
 

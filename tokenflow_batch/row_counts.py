@@ -12,7 +12,14 @@ from functools import lru_cache
 from itertools import pairwise
 
 from tokenflow_batch.config import Settings
-from tokenflow_batch.plan import branches, hands_over, injection_of, layout_of, recomputes_conv
+from tokenflow_batch.plan import (
+    branches,
+    guidance_of,
+    hands_over,
+    injection_of,
+    layout_of,
+    recomputes_conv,
+)
 from tokenflow_batch.stage_names import StageName
 from tokenflow_batch.tokenflow.keyframes import (
     Segment,
@@ -67,12 +74,14 @@ class _EditWork:
         pairs: over these rows, how many frames each attends to besides itself.
         spread: rows of the propagation.
         searched: pairs of frames between which correspondences are searched on the way.
+        focused: frames for which it is found out where the prompts differ.
     """
 
     joint: int = 0
     pairs: int = 0
     spread: int = 0
     searched: int = 0
+    focused: int = 0
 
 
 @lru_cache(maxsize=16)
@@ -82,16 +91,18 @@ def _edit_work(s: Settings, frames: int, cuts: tuple[int, ...]) -> _EditWork:
     sizes = [(len(window.segments), _foreign(layout, window)) for window in layout.windows]
     together = sum(anchors + own for own, _ in sizes)
     beside = sum(anchors * (anchors - 1) + own * (own - 1 + seen) for own, seen in sizes)
-    joint = pairs = spread = searched = 0
+    joint = pairs = spread = searched = focused = 0
+    guidance = guidance_of(s)
     counted = _predicted_by_all(layout, mode, _draws(s, frames, cuts))
-    steps = list(zip(branches(s), counted, strict=True))[s.first_step :]
-    for (on_keyframes, on_frames, guided), predicted in steps:
+    steps = list(enumerate(zip(branches(s), counted, strict=True)))[s.first_step :]
+    for step, ((on_keyframes, on_frames, guided), predicted) in steps:
         joint += on_keyframes * together
         pairs += (1 + guided) * beside
         spread += on_frames * predicted
+        focused += guidance.focused(step) * predicted
         if not mode.stored_source:  # in both keyframes; the clip's first segment has one
             searched += 2 * predicted - len(layout.segments[0])
-    return _EditWork(joint, pairs, spread, searched)
+    return _EditWork(joint, pairs, spread, searched, focused)
 
 
 def partial_row_count(settings: Settings, frames: int, cuts: tuple[int, ...] = ()) -> int:
@@ -131,7 +142,7 @@ def edit_flops(
     """
     s, work = settings, _edit_work(settings, frames, cuts)
     total = unet.joint(latent_hw, work.joint, work.pairs)
-    total += unet.propagated(latent_hw, work.spread, work.searched)
+    total += unet.propagated(latent_hw, work.spread, work.searched, work.focused)
     partial = partial_row_count(s, frames, cuts)
     return total + (partial * unet.row(latent_hw, s.conv_site) if partial else 0)
 

@@ -9,7 +9,7 @@ The order is that of diffusers' `UNet2DConditionModel` in Stable Diffusion's lay
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -19,6 +19,20 @@ CORE = "core"
 
 Operations = Iterator[tuple[str, int]]
 """In the order of evaluation, a module's name and what it takes."""
+
+
+def focus_sites(names: Iterable[str]) -> list[str]:
+    """The cross-attentions in which a pass looks for where two prompts differ (`focus`).
+
+    Those of the two finest blocks on the way up that have any: coarser ones don't tell places
+    apart, and on the way down they say less.
+
+    Args:
+        names: module paths of all of a UNet's `attn2`.
+    """
+    up = [name for name in names if name.startswith("up_blocks.")]
+    finest = sorted({int(name.split(".")[1]) for name in up})[-2:]
+    return [name for name in up if int(name.split(".")[1]) in finest]
 
 
 @dataclass(frozen=True)
@@ -93,17 +107,25 @@ class UNetFlops:
         """
         return rows * self.row(latent_hw) + pairs * self._core(latent_hw)
 
-    def propagated(self, latent_hw: tuple[int, int], rows: int, searched: int = 0) -> int:
+    def propagated(
+        self, latent_hw: tuple[int, int], rows: int, searched: int = 0, focused: int = 0
+    ) -> int:
         """FLOPs of rows whose self-attention is replaced.
 
         Args:
             latent_hw: (h, w) of the latents.
             rows: how many.
             searched: in how many pairs of frames correspondences are searched on the way.
+            focused: for how many frames it is found out where the prompts differ.
         """
         core = self._core(latent_hw)
         without = self.row(latent_hw) - _total(self, latent_hw, ".attn1") - core
-        return rows * without + searched * core // 2  # a search is a product, attention is two
+        # A search is a product, attention is two.
+        return rows * without + searched * core // 2 + focused * self.focus(latent_hw)
+
+    def focus(self, latent_hw: tuple[int, int]) -> int:
+        """FLOPs of finding out where two prompts differ, a frame."""
+        return _focus(self, latent_hw)
 
     def _core(self, latent_hw: tuple[int, int]) -> int:
         return _total(self, latent_hw, f".{CORE}")
@@ -192,6 +214,12 @@ def _row(unet: UNetFlops, latent_hw: tuple[int, int], site: str | None) -> int:
 def _total(unet: UNetFlops, latent_hw: tuple[int, int], end: str) -> int:
     """Of all operations whose name ends so."""
     return sum(flops for name, flops in unet.operations(latent_hw) if name.endswith(end))
+
+
+@lru_cache(maxsize=256)
+def _focus(unet: UNetFlops, latent_hw: tuple[int, int]) -> int:
+    told = {n: flops for n, flops in unet.operations(latent_hw) if n.endswith(".attn2")}
+    return sum(told[name] for name in focus_sites(told))
 
 
 def _conv(inputs: int, outputs: int, pixels: int) -> int:

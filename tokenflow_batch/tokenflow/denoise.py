@@ -10,7 +10,7 @@ h w latent size, T prompt tokens, E embedding width.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -22,6 +22,7 @@ from tokenflow_batch.clock import measured
 from tokenflow_batch.tokenflow.attention import Hooks
 from tokenflow_batch.tokenflow.correspondence import Backend
 from tokenflow_batch.tokenflow.ddim import noise_from_prediction
+from tokenflow_batch.tokenflow.focus import Focus
 from tokenflow_batch.tokenflow.keyframes import Neighbours
 from tokenflow_batch.tokenflow.modes import DEFAULT, Guidance, Injection, Mode, branch_count
 from tokenflow_batch.tokenflow.passes import Enough, FeaturePass, KeyframePass, PropagationPass
@@ -229,10 +230,16 @@ def predict_window(
     for spread, latents, batch, source in ahead(passes(), 1):
         if recompute:
             spread.stored_conv_NChw = call.features_of(batch, joint, window.keyframes, source)
-        noise_RNChw, rows = call.run(spread, latents, len(batch))
+        focus = None
+        if spread.focused:
+            focus = Focus(denoiser.unet, prompts.source, spread.focused, settings.latent_hw)
+        noise_RNChw, rows = call.run(spread, latents, len(batch), focus)
         noise = noise_RNChw[-1]
         if guided:
-            noise = noise_RNChw[-2] + settings.guidance.scale * (noise - noise_RNChw[-2])
+            scale: float | Tensor = settings.guidance.scale
+            if focus is not None:
+                scale = 1 + (scale - 1) * focus.weight()
+            noise = noise_RNChw[-2] + scale * (noise - noise_RNChw[-2])
         predictions.append(noise.cpu())
         on_rows(rows)
     return torch.cat(predictions)
@@ -284,6 +291,7 @@ def _propagation_pass(
         stored_index=inputs.correspondences(batch) if stored else None,
         matching=settings.matching,
         vote_hw=settings.latent_hw if settings.mode.vote else None,
+        focused=len(batch) if settings.guidance.focused(step) else 0,
     )
 
 
@@ -333,12 +341,16 @@ class _Call:
         return torch.cat(found)[[order.index(f) for f in batch]]
 
     def run(
-        self, active: KeyframePass | PropagationPass, latents: _Latents, frames: int
+        self,
+        active: KeyframePass | PropagationPass,
+        latents: _Latents,
+        frames: int,
+        focus: Focus | None = None,
     ) -> tuple[Tensor, int]:
         """(R, N, C, h, w) noise and the rows it took, branches in the order of `passes`."""
         embeds = self.texts[-len(latents) :]
         embeds_NTE = torch.cat([e.expand(frames, -1, -1) for e in embeds])
-        with self.hooks.during(active):
+        with self.hooks.during(active), focus.watching() if focus else nullcontext():
             noise = self.denoiser.noise(
                 torch.cat(latents), self.t, self.alpha, embeds_NTE, active=active
             )

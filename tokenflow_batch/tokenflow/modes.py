@@ -56,7 +56,7 @@ class Injection:
 
 @dataclass(frozen=True)
 class Guidance:
-    """Classifier-free guidance, and during which sampling steps.
+    """Classifier-free guidance, during which sampling steps, and from when on not everywhere.
 
     Outside of them the prompt's own prediction is taken, and no negative one is made
     (Kynkäänniemi et al., NeurIPS 2024, who bound the interval by noise levels).
@@ -65,20 +65,30 @@ class Guidance:
         scale: g in ε = ε_neg + g · (ε_target − ε_neg).
         first: the first step with guidance.
         stop: one past the last.
+        focus: the first step with guidance only where the target's prompt asks for something else
+            than the source's (`focus`); elsewhere g is 1.
     """
 
     scale: float
     first: int = 0
     stop: int = 1 << 30
+    focus: int = 1 << 30
 
     @classmethod
-    def within(cls, scale: float, steps: int, interval: tuple[float, float]) -> Guidance:
+    def within(
+        cls, scale: float, steps: int, interval: tuple[float, float], focus: float = 1.0
+    ) -> Guidance:
         """From shares of the `steps` sampling steps, 0 the noisiest."""
-        return cls(scale, int(steps * interval[0]), int(steps * interval[1]))
+        first, stop, focused = (int(steps * share) for share in (*interval, focus))
+        return cls(scale, first, stop, focused)
 
     def on(self, step: int) -> bool:
         """Whether a step has a negative branch; g = 1 needs none."""
         return self.first <= step < self.stop and self.scale != 1
+
+    def focused(self, step: int) -> bool:
+        """Whether a step has guidance in some places only."""
+        return self.on(step) and step >= self.focus
 
 
 def branch_count(

@@ -264,6 +264,7 @@ class PropagationPass:
         stored_index: Sequence[Tensor] | None,
         matching: Backend,
         vote_hw: tuple[int, int] | None = None,
+        focused: int = 0,
     ) -> None:
         """Set up a pass.
 
@@ -276,9 +277,10 @@ class PropagationPass:
             stored_index: γ per site, (N, 2, L) int64; None finds them.
             matching: backend for finding them.
             vote_hw: latent size (h, w) to let neighbouring tokens vote; None for the plain field.
+            focused: of how many frames a `Focus` watches the target branch; for counting.
         """
         self.keyframe_pass, self.neighbours, self.branches = keyframe_pass, neighbours, branches
-        self.vote_hw = vote_hw
+        self.vote_hw, self.focused = vote_hw, focused
         self.inject_conv, self.stored_conv_NChw = inject_conv, stored_conv_NChw
         self.stored_index, self.matching = stored_index, matching
         self._voted: dict[int, tuple[Tensor, Tensor, Tensor]] = {}

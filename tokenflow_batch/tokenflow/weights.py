@@ -53,5 +53,6 @@ class Weights:
             pairs = active.frame_pairs(rows // active.branches)
             return rows * self._row + (pairs - rows) * self._scores
         if isinstance(active, PropagationPass):
-            return rows * (self._row - self._attn1) + active.searches * self._scores // 2
+            without = rows * (self._row - self._attn1) + active.searches * self._scores // 2
+            return without + active.focused * self._of.focus(self._latent_hw)
         return rows * self._row

@@ -1,0 +1,106 @@
+"""Where an edit's prompt asks for something else than the source's: there guidance goes on.
+
+Where both prompts say the same, guidance late in sampling sharpens what is not to change, a little
+differently in every frame. What a place is told is the output of its cross-attention. So that is
+computed a second time, from the source's prompt and for the target's own queries, and how far the
+two lie apart says how much the edit is about this place (docs/architecture.md).
+
+Shape suffixes: N frames in a batch, L tokens, C channels, T prompt tokens, E embedding width,
+h w latent size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from tokenflow_batch.tokenflow.compiled import uncompiled
+from tokenflow_batch.unet_flops import focus_sites
+
+NOT_HERE, HERE = 0.5, 0.7
+"""Relative to the frame's largest difference: up to where there is no guidance, and from where
+there is all of it. (DiffEdit, Couairon et al., ICLR 2023, cuts its differences at the half.)"""
+
+_SMOOTHED = 2
+"""How often the differences are averaged over 3 × 3 latent pixels."""
+
+_LEAST = 1e-6
+"""Of a frame's mean difference; keeps the logarithm finite."""
+
+
+class Focus:
+    """Watches the target branch of a pass.
+
+    Args:
+        unet: of the SD 1.x / 2.x layout.
+        source_TE: text embedding of the source's prompt.
+        frames: N, the pass's last rows: its target branch.
+        latent_hw: (h, w) of the latents.
+    """
+
+    def __init__(
+        self, unet: nn.Module, source_TE: Tensor, frames: int, latent_hw: tuple[int, int]
+    ) -> None:
+        parameter = next(unet.parameters())
+        self.frames, self._latent_hw = frames, latent_hw
+        self._source_TE = source_TE.to(parameter.device, parameter.dtype)
+        names = focus_sites(n for n, _ in unet.named_modules() if n.endswith(".attn2"))
+        self._modules = [unet.get_submodule(name) for name in names]
+        self._logs: list[Tensor] = []
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """While the UNet is evaluated within the block, which computes what it always does."""
+        with ExitStack() as stack:
+            for module in self._modules:
+                stack.enter_context(uncompiled(module))
+                handle = module.register_forward_hook(self._see, with_kwargs=True)
+                stack.callback(handle.remove)
+            yield
+
+    def _see(
+        self,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        told_NLC: Tensor,
+    ) -> None:
+        tokens_NLC = (args[0] if args else kwargs["hidden_states"])[-self.frames :]
+        text_NTE = self._source_TE.expand(self.frames, -1, -1)
+        # Past the hooks, this one among them.
+        before_NLC = module.forward(tokens_NLC, encoder_hidden_states=text_NTE)
+        change_NLC = told_NLC[-self.frames :].float() - before_NLC.float()
+        change_NL = torch.linalg.vector_norm(change_NLC, dim=-1)
+        change_NL = change_NL / change_NL.mean(dim=1, keepdim=True).clamp(min=1e-12)
+        fine_N1hw = functional.interpolate(
+            change_NL.unflatten(1, self._grid(change_NL.shape[1])).unsqueeze(1),
+            size=self._latent_hw,
+            mode="bilinear",
+            align_corners=False,
+        )
+        # A geometric mean over the sites: a place counts if all of them say so.
+        self._logs.append(fine_N1hw.clamp(min=_LEAST).log())
+
+    def _grid(self, tokens: int) -> tuple[int, int]:
+        """Rows and columns of a site with so many tokens: each level halves, rounding up."""
+        h, w = self._latent_hw
+        while h * w > tokens:
+            h, w = math.ceil(h / 2), math.ceil(w / 2)
+        return h, w
+
+    def weight(self) -> Tensor:
+        """How much guidance each place gets, 0 to 1, (N, 1, h, w) float32: what was seen."""
+        if not self._logs:
+            raise RuntimeError("no pass has been watched")
+        change_N1hw = torch.stack(self._logs).mean(dim=0).exp()
+        for _ in range(_SMOOTHED):
+            around = functional.pad(change_N1hw, (1, 1, 1, 1), mode="replicate")
+            change_N1hw = functional.avg_pool2d(around, 3, stride=1)
+        largest_N111 = change_N1hw.amax(dim=(2, 3), keepdim=True)
+        return ((change_N1hw / largest_N111 - NOT_HERE) / (HERE - NOT_HERE)).clamp(0, 1)
