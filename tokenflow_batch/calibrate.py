@@ -74,6 +74,8 @@ def _clip(folder: Path, job: Job, size: Size, options: dict[str, Any]) -> dict[s
         "vae_batch": options.get("vae_batch", s.vae_batch),
         "conv_site": s.conv_site,
         "conv_features": s.conv_features,
+        "source_prompt": "a blue ball",  # prompts that differ: focused guidance is measured too
+        "guidance_focus": 0.0,
         "edits": [{"name": "edit", "prompt": "a red ball"}],
     }
 
