@@ -32,6 +32,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from kernels import FINEST, SIZES, Machine, Run, attention, correspondence, peak, reset_peak
 from torch import Tensor
 
+from tokenflow_batch.config import Settings
 from tokenflow_batch.tokenflow.attention import Hooks, choose_attention, tokenflow_hooks
 from tokenflow_batch.tokenflow.correspondence import choose_backend, match_frames, side_by_side
 from tokenflow_batch.tokenflow.denoise import Denoiser, EditSettings, Prompts, predict_window
@@ -186,7 +187,7 @@ class Bench:
     def settings(self, mode: str) -> EditSettings:
         """Of an edit."""
         injection = Injection.pnp(STEPS[mode], 0.5, 0.8)
-        focus = 0.5 if mode == "default" else 1.0
+        focus = Settings().guidance_focus if mode == "default" else 1.0
         guidance = Guidance.within(7.5, STEPS[mode], (0.0, 1.0), focus)
         _, *hw = self.shape.latent
         return EditSettings(guidance, injection, BATCH, (hw[0], hw[1]), MODES[mode], self.matching)

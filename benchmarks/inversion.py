@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from methods import invert, sample
+from inverted import invert, sample
 
 from tokenflow_batch.config import Runtime
 from tokenflow_batch.demo.scenes import Clip

@@ -16,18 +16,16 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from inverted import BATCH, Prepared, decode
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tokenflow_batch.config import Settings
 from tokenflow_batch.demo.scenes import Clip
 from tokenflow_batch.models import Model
 from tokenflow_batch.tokenflow.attention import Hooks, attend, merge_heads, split_heads
 from tokenflow_batch.tokenflow.correspondence import match_frames, side_by_side
 from tokenflow_batch.tokenflow.ddim import (
-    Schedule,
-    implied_noise,
-    invert_fixed_point,
-    invert_plain,
     move,
 )
 from tokenflow_batch.tokenflow.denoise import Denoiser, EditSettings, Prompts, predict_window
@@ -42,9 +40,6 @@ from tokenflow_batch.tokenflow.keyframes import (
 from tokenflow_batch.tokenflow.modes import DEFAULT, PUBLISHED, Guidance, Injection, Mode
 from tokenflow_batch.tokenflow.passes import KeyframePass, PropagationPass, SourcePass
 from tokenflow_batch.tokenflow.windows import WindowMoment, batches
-
-BATCH = 8
-"""Frames per UNet call."""
 
 
 @dataclass(frozen=True)
@@ -63,79 +58,9 @@ class Thresholds:
     guidance_scale: float = 5.0
     attn_t: float = 0.8
     f_t: float = 1.0
-    guidance_focus: float = 0.5
+    guidance_focus: float = Settings().guidance_focus
     segment_length: int = 8
     keyframe_seed: int = 0
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A clip, inverted.
-
-    Attributes:
-        clip: the ground truth.
-        frames: the clip's own, (F, H, W, 3) uint8.
-        clean: VAE latents, (F, C, h, w).
-        source: inverted latents at every sampling step, (T, F, C, h, w).
-        schedule: the sampling steps.
-    """
-
-    clip: Clip
-    frames: NDArray[np.uint8]
-    clean: Tensor
-    source: Tensor
-    schedule: Schedule
-
-
-def invert(
-    denoiser: Denoiser, clean: Tensor, embeds: Tensor, schedule: Schedule, extra: int, *, warm: bool
-) -> Tensor:
-    """Inverted latents at every step of the schedule, noisiest first, (T, F, C, h, w).
-
-    Args:
-        denoiser: the model.
-        clean: (F, C, h, w).
-        embeds: source prompt, one row for all frames or one each.
-        schedule: the steps.
-        extra: fixed-point iterations; 0 is plain inversion.
-        warm: begin each step along the noise that the one before went along.
-    """
-    before, x, before_alpha, alpha = clean, clean, schedule.final_alpha, schedule.final_alpha
-    kept = []
-    for i, (t, alpha_t) in enumerate(
-        zip(schedule.timesteps[::-1], schedule.alphas[::-1], strict=True)
-    ):
-
-        def noise(x_NChw: Tensor, at: int, level: float = alpha_t) -> Tensor:
-            return denoiser.noise(x_NChw, at, level, embeds)
-
-        if extra == 0:
-            found = invert_plain(noise, x, t, alpha, alpha_t)
-        else:
-            start = implied_noise(before, x, before_alpha, alpha) if warm and i > 0 else None
-            found = invert_fixed_point(
-                noise, x, t, alpha, alpha_t, extra=extra, warm_noise_FChw=start
-            )
-        before, x, before_alpha, alpha = x, found.x, alpha, alpha_t
-        kept.append(x)
-    return torch.stack(kept[::-1])
-
-
-def sample(denoiser: Denoiser, x: Tensor, embeds: Tensor, schedule: Schedule) -> Tensor:
-    """Back to clean latents by DDIM, without guidance."""
-    for step, (t, alpha) in enumerate(zip(schedule.timesteps, schedule.alphas, strict=True)):
-        x = move(x, denoiser.noise(x, t, alpha, embeds), alpha, schedule.alpha_after(step))
-    return x
-
-
-def prepare(model: Model, clip: Clip, steps: int) -> Prepared:
-    """Encode a clip and invert it at the default preset, `BATCH` frames at a time."""
-    frames = np.stack(list(clip.frames()))
-    clean, schedule = model.encode(frames), model.schedule(steps)
-    embeds = model.embed(clip.caption).unsqueeze(0)
-    denoiser = Denoiser(model.unet, model.prediction_type)
-    source = [invert(denoiser, part, embeds, schedule, 1, warm=True) for part in clean.split(BATCH)]
-    return Prepared(clip, frames, clean, torch.cat(source, dim=1), schedule)
 
 
 @dataclass
@@ -414,8 +339,3 @@ def edit(
             x[name] = move(x[name], noise, alpha, schedule.alpha_after(step))
         on_step(1)
     return {name: decode(model, latents) for name, latents in x.items()}
-
-
-def decode(model: Model, latents: Tensor) -> NDArray[np.uint8]:
-    """Frames, a few at a time."""
-    return np.concatenate([model.decode(part) for part in latents.split(BATCH)])

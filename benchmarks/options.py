@@ -20,7 +20,7 @@ from torch import Tensor
 from tokenflow_batch.tokenflow.attention import Hooks, attend, merge_heads, split_heads
 from tokenflow_batch.tokenflow.correspondence import normalise, vote
 from tokenflow_batch.tokenflow.denoise import Denoiser
-from tokenflow_batch.tokenflow.focus import Focus
+from tokenflow_batch.tokenflow.focus import Focus, guided
 from tokenflow_batch.tokenflow.injection import Site
 from tokenflow_batch.tokenflow.keyframes import Neighbours, segments
 from tokenflow_batch.tokenflow.modes import DEFAULT, branch_count
@@ -266,14 +266,12 @@ def joined(
         batch = list(frames)
         features = {"inject_conv": conv, "stored_conv_NChw": now.conv[batch] if conv else None}
         active = spread(batch, [near[f] for f in batch], **features)
-        focus, scale = None, torch.tensor(guidance.scale)
+        focus = None
         if guidance.focused(now.step):
             hw = (x.shape[2], x.shape[3])
             focus = Focus(denoiser.unet, now.prompts.source, len(batch), hw)
         *_, negative, target = predict(denoiser, hooks, now, active, x, batch, focus)
-        if focus is not None:
-            scale = 1 + (guidance.scale - 1) * focus.weight()
-        found.append(negative + scale * (target - negative))
+        found.append(guided(negative, target, guidance.scale, focus))
     return torch.cat(found)
 
 

@@ -43,17 +43,13 @@ import numpy as np
 import torch
 from beyond import BEYOND
 from classifier import Classifier, agreement, load, read
+from inverted import Prepared, decode, invert, prepare, sample
 from methods import (
     METHODS,
     Method,
     Moment,
-    Prepared,
     Thresholds,
-    decode,
     edit,
-    invert,
-    prepare,
-    sample,
 )
 from numpy.typing import NDArray
 from options import OPTIONS, endpoint_errors

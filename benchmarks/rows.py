@@ -99,6 +99,8 @@ class MetaUNet:
             self._forward(one.rows)
         tokens = [joint.outputs[site.index].shape[2] for site in hooks.sites]
         index = [torch.zeros(call.frames, 2, n, dtype=torch.long, device="meta") for n in tokens]
+        text, hw = torch.empty(self.embed_shape, device="meta"), self.frame_shape[1:]
+        focus = Focus(self.unet, text, call.frames, (hw[0], hw[1])) if call.focused else None
         spread = PropagationPass(
             joint,
             [Neighbours(0, max(call.searched, 1) - 1, 0.5)] * call.frames,
@@ -107,9 +109,8 @@ class MetaUNet:
             stored_conv_NChw=None,
             stored_index=None if call.searched else index,
             matching="torch",
+            focus=focus,
         )
-        text, hw = torch.empty(self.embed_shape, device="meta"), self.frame_shape[1:]
-        focus = Focus(self.unet, text, call.frames, (hw[0], hw[1])) if call.focused else None
         with hooks.during(spread), focus.watching() if focus else nullcontext():
             return self._count(call.rows)
 

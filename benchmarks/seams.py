@@ -43,8 +43,9 @@ from typing import Any, Final
 import cv2
 import numpy as np
 import torch
+from inverted import prepare
 from joins import Joined, judge, print_joins
-from methods import Inputs, Method, Moment, Thresholds, TokenFlow, correspondences, edit, prepare
+from methods import Inputs, Method, Moment, Thresholds, TokenFlow, correspondences, edit
 from numpy.typing import NDArray
 from quality import Scene as Edited
 from quality import write_sheet

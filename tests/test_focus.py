@@ -3,10 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from test_passes import attention_in_float64  # a formula, kept in one place
 from tiny_model import CHANNELS, WIDTH, tiny_unet
 from torch.nn import functional
-from unet_probe import Recorder, evaluate, normal
+from unet_probe import Recorder, attention_in_float64, evaluate, normal
 
 from tokenflow_batch.config import Settings
 from tokenflow_batch.demo.scenes import Clip, recoloured

@@ -11,6 +11,7 @@ from tokenflow_batch.model_files import locate
 from tokenflow_batch.models import load
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import inverted
 import joins
 import methods
 import quality
@@ -76,7 +77,7 @@ def test_hues_turn_in_every_other_run():
 def edited(tiny_model, compute):
     """All ways of cutting a clip of 7 segments, on random weights."""
     model, clip = load(locate(str(tiny_model)), compute), Clip.random(3, 53, 32)
-    prepared = methods.prepare(model, clip, steps=2)
+    prepared = inverted.prepare(model, clip, steps=2)
     with tokenflow_hooks(model.unet) as hooks:
         videos = methods.edit(
             model, hooks, prepared, "a red ball", seams.WAYS, methods.Thresholds()

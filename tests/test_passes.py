@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from tiny_model import CHANNELS, WIDTH
-from unet_probe import CONV, Recorder, evaluate, normal
+from unet_probe import CONV, Recorder, attention_in_float64, evaluate, normal
 
 from tokenflow_batch.tokenflow import passes
 from tokenflow_batch.tokenflow.attention import (
@@ -59,25 +59,6 @@ def propagation_pass(joint, neighbours, **changes):
 
 
 # -- the keyframe pass -----------------------------------------------------------------------
-
-
-def linear(module, x):
-    """A projection in float64."""
-    y = x @ module.weight.double().numpy().T
-    return y if module.bias is None else y + module.bias.double().numpy()
-
-
-def attention_in_float64(attn, queries, keys, values):
-    """(L, C) from the tokens that queries, keys and values are made of, head by head."""
-    q, k, v = linear(attn.to_q, queries), linear(attn.to_k, keys), linear(attn.to_v, values)
-    width = q.shape[1] // attn.heads
-    parts = []
-    for head in range(attn.heads):
-        own = slice(head * width, (head + 1) * width)
-        logits = q[:, own] @ k[:, own].T / np.sqrt(width)
-        weights = np.exp(logits - logits.max(axis=1, keepdims=True))
-        parts.append(weights / weights.sum(axis=1, keepdims=True) @ v[:, own])
-    return linear(attn.to_out[0], np.concatenate(parts, axis=1))
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])

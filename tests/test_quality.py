@@ -14,6 +14,7 @@ from tokenflow_batch.tokenflow.attention import tokenflow_hooks
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import beyond
+import inverted
 import methods
 import options
 import tables
@@ -26,7 +27,7 @@ def model(tiny_model, compute):
 
 
 def edited(model, clip, chosen, **thresholds):
-    prepared = methods.prepare(model, clip, steps=2)
+    prepared = inverted.prepare(model, clip, steps=2)
     settings = methods.Thresholds(segment_length=3, **thresholds)
     with tokenflow_hooks(model.unet) as hooks:
         return methods.edit(model, hooks, prepared, "a red ball", chosen, settings)

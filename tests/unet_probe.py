@@ -1,5 +1,6 @@
-"""Looking into a UNet: evaluations, and what goes in and out at given modules."""
+"""Looking into a UNet: evaluations, what goes in and out at given modules, attention by formula."""
 
+import numpy as np
 import torch
 from tiny_model import WIDTH
 
@@ -41,3 +42,22 @@ class Recorder:
     def __exit__(self, *_):
         for handle in self._handles:
             handle.remove()
+
+
+def linear(module, x):
+    """A projection in float64."""
+    y = x @ module.weight.double().numpy().T
+    return y if module.bias is None else y + module.bias.double().numpy()
+
+
+def attention_in_float64(attn, queries, keys, values):
+    """(L, C) from the tokens that queries, keys and values are made of, head by head."""
+    q, k, v = linear(attn.to_q, queries), linear(attn.to_k, keys), linear(attn.to_v, values)
+    width = q.shape[1] // attn.heads
+    parts = []
+    for head in range(attn.heads):
+        own = slice(head * width, (head + 1) * width)
+        logits = q[:, own] @ k[:, own].T / np.sqrt(width)
+        weights = np.exp(logits - logits.max(axis=1, keepdims=True))
+        parts.append(weights / weights.sum(axis=1, keepdims=True) @ v[:, own])
+    return linear(attn.to_out[0], np.concatenate(parts, axis=1))

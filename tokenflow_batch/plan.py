@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
@@ -192,8 +192,16 @@ def _edit(s: Settings, frames: int, mode: Mode, cuts: Sequence[int]) -> Counter[
             for near in batches(now.neighbours, s.segment_length):
                 keyframes = {k for n in near for k in (n.first, n.second)}
                 searched = 0 if mode.stored_source else len(keyframes)
-                call = UNetCall("propagation", len(near), spread, conv, False, searched, (), guided)
-                total[replace(call, focused=focused)] += 1
+                call = UNetCall(
+                    "propagation",
+                    len(near),
+                    spread,
+                    conv,
+                    searched=searched,
+                    guided=guided,
+                    focused=focused,
+                )
+                total[call] += 1
     return total
 
 

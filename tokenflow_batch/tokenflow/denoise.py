@@ -22,7 +22,7 @@ from tokenflow_batch.clock import measured
 from tokenflow_batch.tokenflow.attention import Hooks
 from tokenflow_batch.tokenflow.correspondence import Backend
 from tokenflow_batch.tokenflow.ddim import noise_from_prediction
-from tokenflow_batch.tokenflow.focus import Focus
+from tokenflow_batch.tokenflow.focus import Focus, guided
 from tokenflow_batch.tokenflow.keyframes import Neighbours
 from tokenflow_batch.tokenflow.modes import DEFAULT, Guidance, Injection, Mode, branch_count
 from tokenflow_batch.tokenflow.passes import Enough, FeaturePass, KeyframePass, PropagationPass
@@ -209,8 +209,8 @@ def predict_window(
     """
     together = [*window.anchors, *window.keyframes]
     joint = _keyframe_pass(settings, hooks, inputs, window, step)
-    guided = settings.guidance.on(step)
-    call = _Call(denoiser, hooks, inputs, _texts(prompts, guided), t, alpha)
+    with_guidance = settings.guidance.on(step)
+    call = _Call(denoiser, hooks, inputs, _texts(prompts, with_guidance), t, alpha)
     recompute = settings.recomputes_conv(step)
     if recompute and joint.branches == joint.edited:  # else they are the batch's own source's
         joint.stored_conv_KChw = call.features(inputs.source(together))
@@ -221,7 +221,10 @@ def predict_window(
         for start in range(0, len(window.frames), settings.batch):
             part = slice(start, start + settings.batch)
             batch, near = window.frames[part], window.neighbours[part]
-            spread = _propagation_pass(settings, joint, inputs, batch, near, step)
+            focus = None
+            if settings.guidance.focused(step):
+                focus = Focus(denoiser.unet, prompts.source, len(batch), settings.latent_hw)
+            spread = _propagation_pass(settings, joint, inputs, batch, near, step, focus)
             spread.pin(denoiser.device)
             others = [f for f in batch if f not in window.keyframes] if recompute else []
             source = inputs.source(others) if others else None
@@ -230,16 +233,10 @@ def predict_window(
     for spread, latents, batch, source in ahead(passes(), 1):
         if recompute:
             spread.stored_conv_NChw = call.features_of(batch, joint, window.keyframes, source)
-        focus = None
-        if spread.focused:
-            focus = Focus(denoiser.unet, prompts.source, spread.focused, settings.latent_hw)
-        noise_RNChw, rows = call.run(spread, latents, len(batch), focus)
+        noise_RNChw, rows = call.run(spread, latents, len(batch), spread.focus)
         noise = noise_RNChw[-1]
-        if guided:
-            scale: float | Tensor = settings.guidance.scale
-            if focus is not None:
-                scale = 1 + (scale - 1) * focus.weight()
-            noise = noise_RNChw[-2] + scale * (noise - noise_RNChw[-2])
+        if with_guidance:
+            noise = guided(noise_RNChw[-2], noise, settings.guidance.scale, spread.focus)
         predictions.append(noise.cpu())
         on_rows(rows)
     return torch.cat(predictions)
@@ -277,6 +274,7 @@ def _propagation_pass(
     batch: range,
     neighbours: Sequence[Neighbours],
     step: int,
+    focus: Focus | None,
 ) -> PropagationPass:
     conv_on, guided = step < settings.injection.conv_steps, settings.guidance.on(step)
     stored = settings.mode.stored_source
@@ -291,7 +289,7 @@ def _propagation_pass(
         stored_index=inputs.correspondences(batch) if stored else None,
         matching=settings.matching,
         vote_hw=settings.latent_hw if settings.mode.vote else None,
-        focused=len(batch) if settings.guidance.focused(step) else 0,
+        focus=focus,
     )
 
 

@@ -11,9 +11,9 @@ h w latent size.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tokenflow_batch.tokenflow.compiled import uncompiled
+from tokenflow_batch.tokenflow.injection import attention_sites
 from tokenflow_batch.unet_flops import focus_sites
 
 NOT_HERE, HERE = 0.5, 0.7
@@ -50,22 +51,27 @@ class Focus:
         parameter = next(unet.parameters())
         self.frames, self._latent_hw = frames, latent_hw
         self._source_TE = source_TE.to(parameter.device, parameter.dtype)
-        names = focus_sites(n for n, _ in unet.named_modules() if n.endswith(".attn2"))
-        self._modules = [unet.get_submodule(name) for name in names]
+        grids = {
+            f"{site.name.removesuffix('attn1')}attn2": site.grid(latent_hw)
+            for site in attention_sites(unet)
+        }
+        self._grids = {unet.get_submodule(name): grids[name] for name in focus_sites(grids)}
         self._logs: list[Tensor] = []
 
     @contextmanager
     def watching(self) -> Iterator[None]:
         """While the UNet is evaluated within the block, which computes what it always does."""
         with ExitStack() as stack:
-            for module in self._modules:
+            for module, grid in self._grids.items():
                 stack.enter_context(uncompiled(module))
-                handle = module.register_forward_hook(self._see, with_kwargs=True)
+                see = partial(self._see, grid)
+                handle = module.register_forward_hook(see, with_kwargs=True)
                 stack.callback(handle.remove)
             yield
 
     def _see(
         self,
+        grid: tuple[int, int],
         module: nn.Module,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
@@ -79,7 +85,7 @@ class Focus:
         change_NL = torch.linalg.vector_norm(change_NLC, dim=-1)
         change_NL = change_NL / change_NL.mean(dim=1, keepdim=True).clamp(min=1e-12)
         fine_N1hw = functional.interpolate(
-            change_NL.unflatten(1, self._grid(change_NL.shape[1])).unsqueeze(1),
+            change_NL.unflatten(1, grid).unsqueeze(1),
             size=self._latent_hw,
             mode="bilinear",
             align_corners=False,
@@ -87,15 +93,12 @@ class Focus:
         # A geometric mean over the sites: a place counts if all of them say so.
         self._logs.append(fine_N1hw.clamp(min=_LEAST).log())
 
-    def _grid(self, tokens: int) -> tuple[int, int]:
-        """Rows and columns of a site with so many tokens: each level halves, rounding up."""
-        h, w = self._latent_hw
-        while h * w > tokens:
-            h, w = math.ceil(h / 2), math.ceil(w / 2)
-        return h, w
-
     def weight(self) -> Tensor:
-        """How much guidance each place gets, 0 to 1, (N, 1, h, w) float32: what was seen."""
+        """How much guidance each place gets, 0 to 1, (N, 1, h, w) float32: what was seen.
+
+        Raises:
+            RuntimeError: no pass has been watched.
+        """
         if not self._logs:
             raise RuntimeError("no pass has been watched")
         change_N1hw = torch.stack(self._logs).mean(dim=0).exp()
@@ -104,3 +107,17 @@ class Focus:
             change_N1hw = functional.avg_pool2d(around, 3, stride=1)
         largest_N111 = change_N1hw.amax(dim=(2, 3), keepdim=True)
         return ((change_N1hw / largest_N111 - NOT_HERE) / (HERE - NOT_HERE)).clamp(0, 1)
+
+
+def guided(negative: Tensor, target: Tensor, scale: float, focus: Focus | None = None) -> Tensor:
+    """Classifier-free guidance, ε_neg + g · (ε_target − ε_neg), (N, C, h, w).
+
+    Args:
+        negative: noise from the negative prompt, (N, C, h, w).
+        target: from the edit's.
+        scale: g.
+        focus: what watched the pass; where it gives nothing g is 1. None is g everywhere.
+    """
+    if focus is None:
+        return negative + scale * (target - negative)
+    return negative + (1 + (scale - 1) * focus.weight()) * (target - negative)

@@ -23,6 +23,7 @@ from tokenflow_batch.tokenflow.attention import (
     split_heads,
 )
 from tokenflow_batch.tokenflow.correspondence import Backend, match_frames, vote
+from tokenflow_batch.tokenflow.focus import Focus
 from tokenflow_batch.tokenflow.injection import Site
 from tokenflow_batch.tokenflow.keyframes import Neighbours
 
@@ -264,7 +265,7 @@ class PropagationPass:
         stored_index: Sequence[Tensor] | None,
         matching: Backend,
         vote_hw: tuple[int, int] | None = None,
-        focused: int = 0,
+        focus: Focus | None = None,
     ) -> None:
         """Set up a pass.
 
@@ -277,10 +278,10 @@ class PropagationPass:
             stored_index: γ per site, (N, 2, L) int64; None finds them.
             matching: backend for finding them.
             vote_hw: latent size (h, w) to let neighbouring tokens vote; None for the plain field.
-            focused: of how many frames a `Focus` watches the target branch; for counting.
+            focus: watches the target branch meanwhile.
         """
         self.keyframe_pass, self.neighbours, self.branches = keyframe_pass, neighbours, branches
-        self.vote_hw, self.focused = vote_hw, focused
+        self.vote_hw, self.focus = vote_hw, focus
         self.inject_conv, self.stored_conv_NChw = inject_conv, stored_conv_NChw
         self.stored_index, self.matching = stored_index, matching
         self._voted: dict[int, tuple[Tensor, Tensor, Tensor]] = {}

@@ -54,5 +54,6 @@ class Weights:
             return rows * self._row + (pairs - rows) * self._scores
         if isinstance(active, PropagationPass):
             without = rows * (self._row - self._attn1) + active.searches * self._scores // 2
-            return without + active.focused * self._of.focus(self._latent_hw)
+            focused = active.focus.frames if active.focus else 0
+            return without + focused * self._of.focus(self._latent_hw)
         return rows * self._row
