@@ -1,10 +1,7 @@
-"""What the default mode leaves on the table: two ways that cost or know too much to be options.
+"""What the default mode leaves on the table: a way that knows too much to be an option.
 
-- `Residual`: an ordinary frame keeps its own source self-attention, and only what the edit changed
-  on the keyframes is propagated to it. That takes the source branch in every pass: T · 3 rows a
-  frame instead of T · 2.
-- `exact_flow`: edited tokens come from where the exact flow says, between tokens by bilinear
-  interpolation; no video has it. What a better correspondence could gain at most.
+`exact_flow`: edited tokens come from where the exact flow says, between tokens by bilinear
+interpolation; no video has it. What a better correspondence could gain at most.
 
 Shape suffixes: R branches, N frames in a batch, L tokens, C channels, h w token grid.
 """
@@ -26,37 +23,12 @@ from tokenflow_batch.tokenflow.attention import Hooks
 from tokenflow_batch.tokenflow.denoise import Denoiser
 from tokenflow_batch.tokenflow.injection import Site
 from tokenflow_batch.tokenflow.keyframes import Neighbours
-from tokenflow_batch.tokenflow.passes import PropagationPass, near_k
+from tokenflow_batch.tokenflow.propagation import PropagationPass, Shares, near_k
 
 
 def _blend(neighbours: Sequence[Neighbours], first: Tensor, second: Tensor) -> Tensor:
     weight_N11 = torch.tensor([n.weight for n in neighbours]).to(first).view(-1, 1, 1)
     return weight_N11 * first + (1 - weight_N11) * second
-
-
-class ResidualPass(PropagationPass):
-    """Own source self-attention, plus the keyframes' change by the edit."""
-
-    def self_attention(self, site: Site, attn: Any, tokens_NLC: Tensor, plain: Any) -> Tensor:
-        """(3·N, L, C): the source branch is computed, the others add propagated changes to it."""
-        del attn
-        out_RKLC = self.keyframe_pass.outputs[site.index]
-        change_RNLC = self.blended(site, out_RKLC - out_RKLC[:1], tokens_NLC)
-        source_NLC = plain().chunk(self.branches)[0]
-        return (source_NLC + change_RNLC).flatten(0, 1)
-
-
-def residual(denoiser: Denoiser, hooks: Hooks, now: Moment, x: Tensor) -> Tensor:
-    """See `Method`."""
-    index, joint = correspondences(now), keyframe_pass(hooks, now, branches=3)
-
-    def spread(batch: list[int], near: Sequence[Neighbours], **conv: Any) -> PropagationPass:
-        own = [field[batch] for field in index]
-        return ResidualPass(
-            joint, near, branches=3, stored_index=own, matching="torch", vote_hw=_hw(x), **conv
-        )
-
-    return joined(denoiser, hooks, now, x, joint, spread)
 
 
 @dataclass
@@ -98,17 +70,18 @@ class FlowPass(PropagationPass):
 
     truth: Truth
 
-    def self_attention(self, site: Site, attn: Any, tokens_NLC: Tensor, plain: Any) -> Tensor:
-        """(R·N, L, C)."""
-        del attn, plain
-        out_RKLC = self.keyframe_pass.outputs[site.index][-self.branches :]
+    def blended(
+        self, site: Site, out_RKLC: Tensor, tokens_NLC: Tensor, shares: Shares | None = None
+    ) -> Tensor:
+        """See `PropagationPass.blended`."""
+        del shares
         frames = len(self.neighbours)
         sides = [
-            self.blended(site, out_RKLC, tokens_NLC, [share] * frames)
+            super(FlowPass, self).blended(site, out_RKLC, tokens_NLC, [share] * frames)
             for share in ((1.0, 0.0), (0.0, 1.0))
         ]
-        assert self.vote_hw is not None
-        grid, now = site.grid(self.vote_hw), self.truth.now
+        assert self.grids is not None
+        grid, now = self.grids[site.index], self.truth.now
         for side, tokens_RNLC in enumerate(sides):
             for n, near in enumerate(self.neighbours):
                 k = near_k(near, side)
@@ -118,7 +91,7 @@ class FlowPass(PropagationPass):
                 moved = self.truth.sample(out_RKLC[:, k], n, frame, grid)
                 hidden = self.truth.hidden(n, frame, grid)
                 tokens_RNLC[:, n] = torch.where(hidden, tokens_RNLC[:, n], moved)
-        return _blend(self.neighbours, *sides).flatten(0, 1)
+        return _blend(self.neighbours, *sides)
 
 
 def exact_flow(denoiser: Denoiser, hooks: Hooks, now: Moment, x: Tensor) -> Tensor:
@@ -127,18 +100,12 @@ def exact_flow(denoiser: Denoiser, hooks: Hooks, now: Moment, x: Tensor) -> Tens
 
     def spread(batch: list[int], near: Sequence[Neighbours], **conv: Any) -> PropagationPass:
         own = [field[batch] for field in index]
-        made = FlowPass(
-            joint, near, branches=2, stored_index=own, matching="torch", vote_hw=_hw(x), **conv
-        )
+        made = FlowPass(joint, near, stored_index=own, matching="torch", **conv)
         made.truth = Truth(now, batch)
         return made
 
     return joined(denoiser, hooks, now, x, joint, spread)
 
 
-def _hw(x_FChw: Tensor) -> tuple[int, int]:
-    return x_FChw.shape[2], x_FChw.shape[3]
-
-
-BEYOND: Final[Mapping[str, Method]] = {"residual": residual, "exact flow": exact_flow}
+BEYOND: Final[Mapping[str, Method]] = {"exact flow": exact_flow}
 """By name, as the tables have them."""

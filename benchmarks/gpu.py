@@ -216,9 +216,10 @@ class Bench:
 
     def edit(self, mode: str, frames: int) -> dict[str, Any]:
         """Seconds a frame and UNet rows a frame of an edit, from a step of each kind."""
-        injection, steps = self.settings(mode).injection, STEPS[mode]
-        # Guidance comes to be focused where queries and keys cease to be injected.
-        borders = (0, injection.qk_steps, injection.conv_steps, steps)
+        injection, guidance = self.settings(mode).injection, self.settings(mode).guidance
+        changes = (injection.qk_steps, injection.conv_steps, guidance.focus, guidance.own)
+        steps = STEPS[mode]
+        borders = sorted({0, steps, *(step for step in changes if step < steps)})
         seconds, rows = 0.0, 0
         self.step(mode, frames, 0)  # libraries look for kernels at the first of every shape
         for first, stop in pairwise(borders):

@@ -29,7 +29,6 @@ from tokenflow_batch.tokenflow.ddim import (
     move,
 )
 from tokenflow_batch.tokenflow.denoise import Denoiser, EditSettings, Prompts, predict_window
-from tokenflow_batch.tokenflow.focus import Focus
 from tokenflow_batch.tokenflow.injection import Site
 from tokenflow_batch.tokenflow.keyframes import (
     Neighbours,
@@ -37,8 +36,16 @@ from tokenflow_batch.tokenflow.keyframes import (
     segments,
     true_neighbours,
 )
-from tokenflow_batch.tokenflow.modes import DEFAULT, PUBLISHED, Guidance, Injection, Mode
-from tokenflow_batch.tokenflow.passes import KeyframePass, PropagationPass, SourcePass
+from tokenflow_batch.tokenflow.modes import (
+    DEFAULT,
+    PUBLISHED,
+    Guidance,
+    Injection,
+    Mode,
+    branch_count,
+)
+from tokenflow_batch.tokenflow.passes import KeyframePass, SourcePass
+from tokenflow_batch.tokenflow.propagation import PropagationPass
 from tokenflow_batch.tokenflow.windows import WindowMoment, batches
 
 
@@ -105,6 +112,13 @@ class Moment:
         limits = self.thresholds
         return Guidance.within(limits.guidance_scale, self.steps, interval, limits.guidance_focus)
 
+    def branches(self, *, keyframe_pass: bool) -> int:
+        """Rows per frame of the default mode's passes."""
+        guidance = self.guidance()
+        return branch_count(
+            DEFAULT, self.injection, guidance, self.step, keyframe_pass=keyframe_pass
+        )
+
     @property
     def injection(self) -> Injection:
         """The thresholds in steps."""
@@ -149,12 +163,12 @@ def predict(
     active: KeyframePass | PropagationPass,
     x: Tensor,
     frames: list[int],
-    focus: Focus | None = None,
 ) -> tuple[Tensor, ...]:
     """Noise of some frames during a pass, (N, C, h, w) for each of its branches."""
     rows = [now.source[frames], x[frames], x[frames]][-active.branches :]
     embeds = [now.prompts.source, now.prompts.negative, now.prompts.target][-active.branches :]
     embeds_NTE = torch.cat([e.expand(len(frames), -1, -1) for e in embeds])
+    focus = active.focus if isinstance(active, KeyframePass) else None
     with hooks.during(active), focus.watching() if focus else nullcontext():
         return denoiser.noise(torch.cat(rows), now.t, now.alpha, embeds_NTE).chunk(active.branches)
 

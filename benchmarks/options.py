@@ -9,6 +9,7 @@ R branches, N frames in a batch, H heads, D channels per head, C channels.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -18,13 +19,15 @@ from methods import Method, Moment, TokenFlow, correspondences, neighbours, pred
 from torch import Tensor
 
 from tokenflow_batch.tokenflow.attention import Hooks, attend, merge_heads, split_heads
-from tokenflow_batch.tokenflow.correspondence import normalise, vote
+from tokenflow_batch.tokenflow.correspondence import normalise
 from tokenflow_batch.tokenflow.denoise import Denoiser
 from tokenflow_batch.tokenflow.focus import Focus, guided
 from tokenflow_batch.tokenflow.injection import Site
 from tokenflow_batch.tokenflow.keyframes import Neighbours, segments
-from tokenflow_batch.tokenflow.modes import DEFAULT, branch_count
-from tokenflow_batch.tokenflow.passes import KeyframePass, PropagationPass, near_k, propagate
+from tokenflow_batch.tokenflow.modes import DEFAULT
+from tokenflow_batch.tokenflow.motion import agreed_motion, between_tokens
+from tokenflow_batch.tokenflow.passes import KeyframePass
+from tokenflow_batch.tokenflow.propagation import PropagationPass, near_k
 from tokenflow_batch.tokenflow.windows import batches
 
 
@@ -41,10 +44,6 @@ class Field:
     index: Tensor
     weight: Tensor
     similarity: Tensor
-
-
-Restrict = Callable[[Tensor, int], Tensor]
-"""(similarities (L, M), tokens per row of the grid) → similarities with some of them ruled out."""
 
 
 def similarities(tokens_FLC: Tensor, frame: int, keyframe: int) -> Tensor:
@@ -69,8 +68,8 @@ class Building:
             one side fails it and the other does not, the other counts alone.
         radius: of the search, as a share of the grid's side; None searches everywhere.
         shared: one field per resolution, from the mean similarity of its sites.
-        vote: each token is the mean of what its 3 × 3 neighbours' matches say about it, weighted
-            1-2-1 both ways: from the plain field, so nothing more is stored.
+        agreed: tokens come from where the motion leads that those around agree on.
+        vote: in place of that, each is the mean of what its 3 × 3 neighbours' matches say.
     """
 
     candidates: int = 1
@@ -78,17 +77,37 @@ class Building:
     reach: int | None = None
     radius: float | None = None
     shared: bool = True
-    vote: bool = True
+    agreed: bool = True
+    vote: bool = False
 
     def fields(self, now: Moment) -> list[Field]:
         """One per site, in order."""
         if not self.shared:
-            return [self._field(now, [tokens]) for tokens in now.tokens]
+            found = [self._field(now, [tokens]) for tokens in now.tokens]
+            return self._smoothed(found) if self.agreed else found
         groups: dict[int, list[Tensor]] = {}
         for tokens in now.tokens:
             groups.setdefault(tokens.shape[1], []).append(tokens)
-        made = {length: self._field(now, group) for length, group in groups.items()}
+        fields = [self._field(now, group) for group in groups.values()]
+        if self.agreed:
+            fields = self._smoothed(fields)
+        made = dict(zip(groups, fields, strict=True))
         return [made[tokens.shape[1]] for tokens in now.tokens]
+
+    def _smoothed(self, fields: Sequence[Field]) -> list[Field]:
+        """By the motion that neighbours agree on, from coarse grids to fine."""
+        smoothed, coarser, motions = list(fields), None, {}
+        for length in sorted({f.index.shape[2] for f in fields}):
+            grid = (round(length**0.5), round(length**0.5))
+            for n, field in enumerate(fields):
+                if field.index.shape[2] != length:
+                    continue
+                motions[length] = agreed_motion(field.index[..., 0], grid, coarser)
+                index, inner = between_tokens(motions[length])
+                side = field.weight.sum(dim=3, keepdim=True)
+                smoothed[n] = Field(index, inner * side, field.similarity)
+            coarser = motions[length]
+        return smoothed
 
     def _field(self, now: Moment, group: Sequence[Tensor]) -> Field:
         near = neighbours(now)
@@ -134,6 +153,41 @@ class Building:
         return index, weight, sound, cosine[:, 0]
 
 
+def vote(index_N2L: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Let each token's neighbours say where it comes from, too.
+
+    If the token at p + δ corresponds to q, then p should correspond to q − δ. A token is put
+    together from what the 3 × 3 tokens around it say, weighted 1-2-1 both ways; proposals off the
+    grid don't count. Neighbouring tokens then come from neighbouring places, which a search for
+    each token alone does not see to.
+
+    Args:
+        index_N2L: γ of N frames into two keyframes, int64.
+        width: tokens in a row of the grid.
+
+    Returns:
+        (N, 2, L, 9) int64 candidates and their float32 weights, which sum to 1.
+    """
+    rows = index_N2L.shape[-1] // width
+    row, column = torch.meshgrid(
+        torch.arange(rows, device=index_N2L.device),
+        torch.arange(width, device=index_N2L.device),
+        indexing="ij",
+    )
+    candidates, weights = [], []
+    for dy, dx in itertools.product((-1, 0, 1), repeat=2):
+        y, x = row + dy, column + dx
+        here = (y >= 0) & (y < rows) & (x >= 0) & (x < width)
+        beside = (y.clamp(0, rows - 1) * width + x.clamp(0, width - 1)).flatten()
+        match = index_N2L[..., beside]
+        to_y, to_x = match // width - dy, match % width - dx
+        good = here.flatten() & (to_y >= 0) & (to_y < rows) & (to_x >= 0) & (to_x < width)
+        candidates.append(torch.where(good, to_y * width + to_x, 0))
+        weights.append(good * float((2 - abs(dy)) * (2 - abs(dx))))
+    weight_N2LV = torch.stack(weights, dim=-1)
+    return torch.stack(candidates, dim=-1), weight_N2LV / weight_N2LV.sum(dim=-1, keepdim=True)
+
+
 def _trust(weight_F2Lk: Tensor, sound_F2L: Tensor) -> Tensor:
     """Give a side that fails its check to the other one, where that one passes."""
     side = sound_F2L & ~sound_F2L.flip(1)
@@ -176,24 +230,27 @@ class FieldPass(PropagationPass):
         super().__init__(*arguments, **options, stored_index=None, matching="torch")
         self.fields, self.gate = fields, gate
 
+    def weighted(self, site: int, share_N2: Tensor) -> tuple[Tensor, Tensor]:
+        """The field's candidates, whose weights have their side's share already."""
+        del share_N2
+        found = self.fields[site]
+        sides = torch.tensor([[near_k(n, side) for side in (0, 1)] for n in self.neighbours])
+        bags = found.index + sides.unflatten(1, (2, 1, 1)) * found.index.shape[2]
+        index_NLV, weight_NLV = (x.transpose(1, 2).flatten(2) for x in (bags, found.weight))
+        return index_NLV, weight_NLV
+
     def self_attention(
         self, site: Site, attn: Any, tokens_NLC: Tensor, plain: Callable[[], Tensor]
     ) -> Tensor:
         """Weighted sum of the candidates' edited tokens."""
-        del plain
-        found = self.fields[site.index]
-        out_RKLC = self.keyframe_pass.outputs[site.index][-self.branches :]
-        total = torch.zeros(())
-        for side in (0, 1):
-            keyframes = [near_k(n, side) for n in self.neighbours]
-            for c in range(found.index.shape[3]):
-                part = propagate(out_RKLC, found.index[:, side, :, c], keyframes)
-                total = total + part * found.weight[:, side, :, c, None]
-        if self.gate is not None:
-            unsure_NL1 = (found.similarity < self.gate).unsqueeze(-1)
-            if unsure_NL1.any():
-                total = torch.where(unsure_NL1, self._attended(site, attn, tokens_NLC), total)
-        return total.flatten(0, 1)
+        total_NLC = super().self_attention(site, attn, tokens_NLC, plain)
+        unsure_NL1 = (self.fields[site.index].similarity < (self.gate or -2)).unsqueeze(-1)
+        if not unsure_NL1.any():
+            return total_NLC
+        total_RNLC = total_NLC.unflatten(0, (self.branches, -1))
+        attended_RNLC = self._attended(site, attn, tokens_NLC)
+        total_RNLC[-2:] = torch.where(unsure_NL1, attended_RNLC, total_RNLC)[-2:]
+        return total_RNLC.flatten(0, 1)
 
     def _attended(self, site: Site, attn: Any, tokens_NLC: Tensor) -> Tensor:
         """What the frames' own queries find in the keyframes, (R, N, L, C)."""
@@ -222,7 +279,7 @@ class Variant:
 
         def spread(batch: list[int], near: Sequence[Neighbours], **conv: Any) -> FieldPass:
             own = [Field(f.index[batch], f.weight[batch], f.similarity[batch]) for f in fields]
-            return FieldPass(joint, near, branches=2, fields=own, gate=self.gate, **conv)
+            return FieldPass(joint, near, fields=own, gate=self.gate, **conv)
 
         return joined(denoiser, hooks, now, x, joint, spread)
 
@@ -233,7 +290,7 @@ def keyframe_pass(
     """The default mode's joint pass at this step, to be performed; `branches` if not its own."""
     conv, qk = now.step < now.injection.conv_steps, now.step < now.injection.qk_steps
     return kind(
-        branches=branches or branch_count(DEFAULT, now.injection, now.step, keyframe_pass=True),
+        branches=branches or now.branches(keyframe_pass=True),
         inject_qk=qk,
         inject_conv=conv,
         stored_conv_KChw=now.conv[list(now.keyframes)] if conv else None,
@@ -257,21 +314,26 @@ def joined(
         now: the step.
         x: edited latents, (F, C, h, w).
         joint: of the keyframes, not performed yet.
-        spread: makes the pass of a batch from its frames, their neighbours and the conv features.
+        spread: makes the pass of a batch from its frames, their neighbours and what all have.
     """
+    guidance, hw = now.guidance(), (x.shape[2], x.shape[3])
+    if guidance.focused(now.step):
+        joint.focus = Focus(denoiser.unet, now.prompts.source, len(now.keyframes), hw)
     predict(denoiser, hooks, now, joint, x, list(now.keyframes))
+    where_K1hw = joint.focus.weight() if joint.focus else None
     near, conv, found = neighbours(now), now.step < now.injection.conv_steps, []
-    guidance = now.guidance()
+    shared: dict[str, Any] = {
+        "branches": now.branches(keyframe_pass=False),
+        "grids": [site.grid(hw) for site in hooks.sites],
+        "inject_conv": conv,
+    }
     for frames in batches(now.frames, now.thresholds.segment_length):
         batch = list(frames)
-        features = {"inject_conv": conv, "stored_conv_NChw": now.conv[batch] if conv else None}
-        active = spread(batch, [near[f] for f in batch], **features)
-        focus = None
-        if guidance.focused(now.step):
-            hw = (x.shape[2], x.shape[3])
-            focus = Focus(denoiser.unet, now.prompts.source, len(batch), hw)
-        *_, negative, target = predict(denoiser, hooks, now, active, x, batch, focus)
-        found.append(guided(negative, target, guidance.scale, focus))
+        shared["stored_conv_NChw"] = now.conv[batch] if conv else None
+        active = spread(batch, [near[f] for f in batch], **shared)
+        active.focus_K1hw, active.keep = where_K1hw, guidance.keeps(now.step)
+        *_, negative, target = predict(denoiser, hooks, now, active, x, batch)
+        found.append(guided(negative, target, guidance.scale, active.focus()))
     return torch.cat(found)
 
 
@@ -282,13 +344,14 @@ def middle_keyframes(now: Moment) -> list[int]:
 
 
 OPTIONS: Final[Mapping[str, Method]] = {
-    "no vote": TokenFlow(replace(DEFAULT, vote=False)),
+    "own matches": TokenFlow(replace(DEFAULT, agreed=False)),
+    "votes": Variant(Building(agreed=False, vote=True)),
     "guidance to 0.8": TokenFlow(interval=(0.0, 0.8)),
     "fixed keyframes": TokenFlow(keyframes=middle_keyframes),
     "forward-backward": Variant(Building(reach=1)),
     "gate 0.6": Variant(gate=0.6),
     "gate 0.8": Variant(gate=0.8),
-    "soft top-4": Variant(Building(candidates=4, vote=False)),
+    "soft top-4": Variant(Building(candidates=4, agreed=False)),
     "local search": Variant(Building(radius=0.25)),
     "field per site": Variant(Building(shared=False)),
 }

@@ -39,7 +39,8 @@ from tokenflow_batch.tokenflow.attention import Hooks, tokenflow_hooks
 from tokenflow_batch.tokenflow.focus import Focus
 from tokenflow_batch.tokenflow.injection import CONV_SITE
 from tokenflow_batch.tokenflow.keyframes import Neighbours
-from tokenflow_batch.tokenflow.passes import Enough, FeaturePass, KeyframePass, PropagationPass
+from tokenflow_batch.tokenflow.passes import Enough, FeaturePass, KeyframePass
+from tokenflow_batch.tokenflow.propagation import PropagationPass
 from tokenflow_batch.video import VideoFacts, probe
 
 STAGES: tuple[StageName, ...] = ("invert", "match", "edit")
@@ -76,11 +77,13 @@ class MetaUNet:
                 with hooks.during(FeaturePass()):
                     return self._count(call.rows)
             if call.kind == "keyframes":
-                with hooks.during(self._joint(call)):
+                joint = self._joint(call)
+                with hooks.during(joint), joint.focus.watching() if joint.focus else nullcontext():
                     return self._count(call.rows)
             return self._propagation(hooks, call)
 
     def _joint(self, call: UNetCall) -> KeyframePass:
+        text, hw = torch.empty(self.embed_shape, device="meta"), self.frame_shape[1:]
         return KeyframePass(
             branches=call.branches,
             inject_qk=call.qk,
@@ -90,6 +93,7 @@ class MetaUNet:
             keep_tokens=call.branches > 1 + call.guided,
             foreign=call.anchors,
             guided=call.guided,
+            focus=Focus(self.unet, text, call.frames, (hw[0], hw[1])) if call.focused else None,
         )
 
     def _propagation(self, hooks: Hooks, call: UNetCall) -> int:
@@ -99,8 +103,7 @@ class MetaUNet:
             self._forward(one.rows)
         tokens = [joint.outputs[site.index].shape[2] for site in hooks.sites]
         index = [torch.zeros(call.frames, 2, n, dtype=torch.long, device="meta") for n in tokens]
-        text, hw = torch.empty(self.embed_shape, device="meta"), self.frame_shape[1:]
-        focus = Focus(self.unet, text, call.frames, (hw[0], hw[1])) if call.focused else None
+        hw = (self.frame_shape[1], self.frame_shape[2])
         spread = PropagationPass(
             joint,
             [Neighbours(0, max(call.searched, 1) - 1, 0.5)] * call.frames,
@@ -109,9 +112,11 @@ class MetaUNet:
             stored_conv_NChw=None,
             stored_index=None if call.searched else index,
             matching="torch",
-            focus=focus,
+            grids=None if call.searched else [site.grid(hw) for site in hooks.sites],
         )
-        with hooks.during(spread), focus.watching() if focus else nullcontext():
+        if call.keeps:
+            spread.focus_K1hw, spread.keep = torch.empty(1, 1, *hw, device="meta"), True
+        with hooks.during(spread):
             return self._count(call.rows)
 
     def _count(self, n_rows: int) -> int:

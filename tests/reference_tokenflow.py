@@ -11,7 +11,6 @@ Letters: T steps, F frames, K keyframes, B frames a segment, L tokens, C channel
 
 import math
 from dataclasses import dataclass, field
-from functools import cache
 
 import torch
 
@@ -25,7 +24,7 @@ class Reference:
     official: as the published code: correspondences found on the way, neighbours b and b−1, weights
         by segment centres through a sigmoid, source rows in every batch. Otherwise: features of a
         pass over the source and shared by sites of one resolution, both true neighbours, linear
-        weights, votes of neighbouring tokens.
+        weights, tokens from where the motion leads that those around agree on.
     guided: the steps with guidance; the others take the target's prediction.
     """
 
@@ -46,6 +45,7 @@ class Reference:
     source_tokens: dict = field(default_factory=dict)
     source_conv: torch.Tensor | None = None
     size: tuple = ()
+    motions: dict = field(default_factory=dict)
 
     def edit(self, timesteps, alphas, final_alpha, x, source, embeds, keyframes):
         """Latents after each step, (T, F, C, h, w); `source` is (T, F, C, h, w)."""
@@ -73,7 +73,7 @@ class Reference:
 
     def _window(self, x, source, t, alpha, embeds):
         if not self.official:
-            self.kind, self.frames = "source", list(range(len(x)))
+            self.kind, self.frames, self.motions = "source", list(range(len(x))), {}
             self._evaluate(source, [embeds[0]] * len(x), t, alpha)
         ks = self.keyframes
         self.kind, self.frames = "keyframes", ks
@@ -141,37 +141,41 @@ class Reference:
 
     def _propagated(self, name, branches):
         rows = [[], [], []]
-        source = None if self.official else self._shared_tokens(name)
         for position, frame in enumerate(self.frames):
-            here = branches[0][position] if self.official else source[frame]
             for branch in range(3):
                 blend = 0
                 for k, weight in self._neighbours(frame):
-                    there = (
-                        self.keyframe_tokens[name][k]
-                        if self.official
-                        else source[self.keyframes[k]]
-                    )
-                    index = _nearest(here, there)
-                    if not self.official and self.keyframes[k] == frame:
-                        index = torch.arange(len(here))
                     edited = self.keyframe_outputs[name][branch][k]
-                    gathered = edited[index] if self.official else self._voted(edited, index)
+                    if self.official:
+                        here, there = branches[0][position], self.keyframe_tokens[name][k]
+                        gathered = edited[_nearest(here, there)]
+                    else:
+                        gathered = self._moved(frame, k, len(edited)) @ edited
                     blend = blend + weight * gathered
                 rows[branch].append(blend)
         return torch.stack([x for branch in rows for x in branch])
 
-    def _shared_tokens(self, name):
-        """The source's tokens at all sites with as many as this one, each of length one."""
-        length = self.source_tokens[name].shape[1]
+    def _shared_tokens(self, length):
+        """The source's tokens at all sites with so many, each of length one."""
         group = [t for t in self.source_tokens.values() if t.shape[1] == length]
         return torch.cat([t / t.norm(dim=-1, keepdim=True) for t in group], dim=-1)
 
-    def _voted(self, edited, index):
-        """Each token from what the 3 × 3 tokens around it say about it, weighted 1-2-1."""
-        sizes = [tuple(-(-side // 2**level) for side in self.size) for level in range(9)]
-        rows, width = next((h, w) for h, w in sizes if h * w == len(index))
-        return _votes(tuple(index.tolist()), rows, width) @ edited
+    def _moved(self, frame, k, length):
+        """Row p: the weights of the keyframe's tokens in a frame's token p."""
+        if (frame, k) not in self.motions:
+            sizes = [tuple(-(-side // 2**level) for side in self.size) for level in range(9)]
+            lengths = {t.shape[1] for t in self.source_tokens.values()}
+            motion, before, found = None, None, {}
+            for rows, width in sorted(size for size in sizes if math.prod(size) in lengths):
+                source = self._shared_tokens(rows * width)
+                index = _nearest(source[frame], source[self.keyframes[k]])
+                if self.keyframes[k] == frame:
+                    index = torch.arange(rows * width)
+                start = None if motion is None else enlarged(motion, before, (rows, width))
+                motion, before = agreed(index.tolist(), rows, width, start), (rows, width)
+                found[rows * width] = bilinear(motion, rows, width)
+            self.motions[frame, k] = found
+        return self.motions[frame, k][length]
 
     def _neighbours(self, frame):
         """[(keyframe's position, weight)]"""
@@ -215,22 +219,75 @@ def _attend(attn, queries, keys, values):
     return attn.to_out[0](torch.cat(heads, dim=-1))
 
 
-@cache  # sites of a resolution, and the three branches, share their correspondences
-def _votes(index, rows, width):
-    """Row p: the weights of the keyframe's tokens in token p."""
-    weights = torch.zeros(len(index), len(index), dtype=torch.float64)
+def agreed(index, rows, width, start):
+    """By token, (down, right): mean shift over 5 × 5 tokens, from `start` or their median."""
+    own = [(m // width - p // width, m % width - p % width) for p, m in enumerate(index)]
+    motion = []
     for p in range(len(index)):
-        for dy in (-1, 0, 1):
-            for dx in (-1, 0, 1):
-                y, x = p // width + dy, p % width + dx
-                if not (0 <= y < rows and 0 <= x < width):
-                    continue
-                match = index[y * width + x]
-                y, x = match // width - dy, match % width - dx
-                if not (0 <= y < rows and 0 <= x < width):
-                    continue
-                weights[p, y * width + x] += (2, 1)[abs(dy)] * (2, 1)[abs(dx)]
-    return weights / weights.sum(dim=1, keepdim=True)
+        around = [
+            (dy, dx, *own[(p // width + dy) * width + p % width + dx])
+            for dy in range(-2, 3)
+            for dx in range(-2, 3)
+            if 0 <= p // width + dy < rows and 0 <= p % width + dx < width
+        ]
+        if start is None:
+            at = [sorted(x[c] for x in around)[(len(around) - 1) // 2] for c in (2, 3)]
+        else:
+            at = start[p]
+        for tolerance in (2.0, 1.0):
+            weights = [
+                math.exp(
+                    -(dy**2 + dx**2) / (2 * 2.0**2)
+                    - ((y - at[0]) ** 2 + (x - at[1]) ** 2) / (2 * tolerance**2)
+                )
+                for dy, dx, y, x in around
+            ]
+            votes = [(w, y, x) for w, (_, _, y, x) in zip(weights, around, strict=True)]
+            if start is not None:
+                votes.append((0.1, *start[p]))
+            total = sum(w for w, _, _ in votes)
+            if total > 1e-6:
+                at = [sum(v[0] * v[c] for v in votes) / total for c in (1, 2)]
+        motion.append(at)
+    return motion
+
+
+def enlarged(motion, coarse, fine):
+    """Half-pixel bilinear interpolation, in the finer grid's tokens."""
+    found = []
+    for p in range(math.prod(fine)):
+        place = (p // fine[1], p % fine[1])
+        sides = []
+        for at, few, many in zip(place, coarse, fine, strict=True):
+            exact = max((at + 0.5) * few / many - 0.5, 0)
+            low = min(int(exact), few - 1)
+            sides.append([(low, 1 - (exact - low)), (min(low + 1, few - 1), exact - low)])
+        found.append(
+            [
+                sum(
+                    wy * wx * motion[y * coarse[1] + x][c]
+                    for y, wy in sides[0]
+                    for x, wx in sides[1]
+                )
+                * fine[c]
+                / coarse[c]
+                for c in (0, 1)
+            ]
+        )
+    return found
+
+
+def bilinear(motion, rows, width):
+    """Row p: the weights of the tokens between which p's motion ends."""
+    weights = torch.zeros(len(motion), len(motion), dtype=torch.float64)
+    for p, (down, right) in enumerate(motion):
+        y = min(max(p // width + down, 0), rows - 1)
+        x = min(max(p % width + right, 0), width - 1)
+        for q in range(len(motion)):
+            near_y, near_x = 1 - abs(q // width - y), 1 - abs(q % width - x)
+            if near_y > 0 and near_x > 0:
+                weights[p, q] = near_y * near_x
+    return weights
 
 
 def _nearest(here, there):

@@ -6,8 +6,6 @@ import numpy as np
 import pytest
 import torch
 from devices import place_of
-from hypothesis import given
-from hypothesis import strategies as st
 
 from tokenflow_batch.arrays import index_dtype
 from tokenflow_batch.tokenflow import correspondence
@@ -16,7 +14,6 @@ from tokenflow_batch.tokenflow.correspondence import (
     first_largest,
     normalise,
     side_by_side,
-    vote,
 )
 from tokenflow_batch.tokenflow.keyframes import Neighbours, true_neighbours
 
@@ -242,47 +239,6 @@ def test_on_a_gpu_what_works_is_taken(triton, faiss, taken, monkeypatch):
     monkeypatch.setattr(correspondence, "triton_works", lambda _: triton)
     monkeypatch.setattr(correspondence, "faiss_available", lambda _: faiss)
     assert choose_backend("auto", "cuda") == taken
-
-
-# -- votes -----------------------------------------------------------------------------------
-
-
-def grid(rows, width):
-    return np.arange(rows * width).reshape(rows, width)
-
-
-@pytest.mark.parametrize(("rows", "width"), [(1, 1), (1, 5), (4, 1), (3, 3), (5, 8)])
-def test_votes_of_a_smooth_field_are_unanimous(rows, width):
-    places = grid(rows, width)
-    identity = torch.from_numpy(places.reshape(1, 1, -1).repeat(2, 1).copy())
-    index, weight = vote(identity, width)
-    assert index.shape == weight.shape == (1, 2, rows * width, 9)
-    torch.testing.assert_close(weight.sum(-1), torch.ones(1, 2, rows * width))
-    chosen = torch.where(weight > 0, index, identity.unsqueeze(-1))
-    assert torch.equal(chosen, identity.unsqueeze(-1).expand_as(index))
-
-
-def test_a_token_alone_with_its_match_is_outvoted():
-    places = grid(5, 5)
-    field = places.copy()
-    field[2, 2] = 0  # should be 12
-    index, weight = vote(torch.from_numpy(np.stack([field.ravel()] * 2)[None]), 5)
-    share = weight[0, 0, 12][index[0, 0, 12] == 12].sum()
-    assert share == pytest.approx(12 / 16)
-    # Its wrong match proposes places near 0 to its neighbours; off the grid they don't count.
-    assert weight[0, 0, 7].sum() == pytest.approx(1)
-
-
-@given(st.integers(1, 6), st.integers(1, 6), st.integers(0, 2**31))
-def test_votes_stay_on_the_grid_and_keep_the_own_match(rows, width, seed):
-    count = rows * width
-    field = np.random.default_rng(seed).integers(0, count, (3, 2, count))
-    index, weight = vote(torch.from_numpy(field), width)
-    assert index.min() >= 0
-    assert index.max() < count
-    torch.testing.assert_close(weight.sum(-1), torch.ones(3, 2, count))
-    own = (index == torch.from_numpy(field).unsqueeze(-1)) * weight
-    assert (own.sum(-1) >= 4 / 16 - 1e-6).all()
 
 
 # -- sites together --------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from tokenflow_batch.tokenflow import focus as focus_module
 from tokenflow_batch.tokenflow.attention import tokenflow_hooks
 from tokenflow_batch.tokenflow.compiled import compile_parts
 from tokenflow_batch.tokenflow.denoise import Denoiser, EditSettings, Prompts, predict_window
-from tokenflow_batch.tokenflow.focus import Focus
+from tokenflow_batch.tokenflow.focus import Focus, guided
 from tokenflow_batch.tokenflow.modes import DEFAULT, Guidance, Injection
 from tokenflow_batch.tokenflow.windows import WindowMoment
 from tokenflow_batch.unet_flops import focus_sites
@@ -131,19 +131,34 @@ def predicted(unet, guidance, step=5, frames=4):
     return noise, denoiser
 
 
-def test_guidance_is_whole_where_the_prompts_differ_and_none_where_they_do_not(unet, monkeypatch):
-    weights = []
-    weight = Focus.weight
-    monkeypatch.setattr(Focus, "weight", lambda self: weights.append(weight(self)) or weights[-1])
-    with_focus, _ = predicted(unet, Guidance(6.0, focus=5))
-    everywhere, _ = predicted(unet, Guidance(6.0))
-    plain, _ = predicted(unet, Guidance(1.0))
-    where = torch.cat(weights)
-    assert 0.02 < where.mean() < 0.98
-    # Guidance is linear in its scale: what lies between is as far on the way.
-    expected = plain + where * (everywhere - plain)
-    torch.testing.assert_close(with_focus, expected, atol=1e-4, rtol=1e-4)
-    assert not torch.allclose(with_focus, everywhere, atol=1e-2)
+def everywhere_as_far(monkeypatch, share):
+    monkeypatch.setattr(Focus, "weight", lambda self: torch.full((self.frames, 1, *HW), share))
+
+
+def test_where_the_prompts_differ_everywhere_it_is_as_if_nothing_were_focused(unet, monkeypatch):
+    plain, _ = predicted(unet, Guidance(6.0))
+    everywhere_as_far(monkeypatch, 1.0)
+    for own in (5, 6):
+        found, _ = predicted(unet, Guidance(6.0, focus=5, own=own))
+        torch.testing.assert_close(found, plain, atol=1e-4, rtol=1e-4)
+
+
+def test_where_they_differ_nowhere_guidance_has_no_scale(unet, monkeypatch):
+    everywhere_as_far(monkeypatch, 0.0)
+    strong, weak = (predicted(unet, Guidance(scale, focus=5, own=5))[0] for scale in (6.0, 2.0))
+    torch.testing.assert_close(strong, weak, atol=1e-4, rtol=1e-4)
+
+
+def test_a_place_gets_its_share_of_guidance():
+    negative, target = normal(1, N, 4, *HW), normal(2, N, 4, *HW)
+    where = torch.rand(N, 1, *HW, generator=torch.Generator().manual_seed(3))
+    for share in (0.0, 0.25, 1.0):
+        found = guided(negative, target, 6.0, torch.full_like(where, share))
+        expected = guided(negative, target, 1 + 5 * share)
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    whole, none = guided(negative, target, 6.0), guided(negative, target, 1.0)
+    expected = none + where * (whole - none)
+    torch.testing.assert_close(guided(negative, target, 6.0, where), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_before_its_step_no_bit_is_another(unet):
@@ -153,19 +168,23 @@ def test_before_its_step_no_bit_is_another(unet):
     assert counted.flops == plain.flops
 
 
-def test_the_same_rows_are_evaluated_and_what_is_looked_at_besides_is_counted(unet):
-    _, focused = predicted(unet, Guidance(6.0, focus=5))
+def test_what_is_looked_at_besides_and_the_source_s_rows_are_counted(unet):
+    """2 keyframes are looked at; where frames keep their own attention all have a third branch."""
     _, everywhere = predicted(unet, Guidance(6.0))
-    assert focused.rows == everywhere.rows
+    _, focused = predicted(unet, Guidance(6.0, focus=5))
+    _, keeps = predicted(unet, Guidance(6.0, focus=5, own=5))
+    assert focused.rows == everywhere.rows == 2 * (4 + 2)
+    assert keeps.rows == 3 * (4 + 2)
     assert 1 < focused.flops / everywhere.flops < 1.1
+    assert 1.5 < keeps.flops / focused.flops < 1.8
 
 
 def test_compiled_parts_are_watched_too():
     """Compiled code would ignore the hooks."""
     unet = tiny_unet()
-    eager, _ = predicted(unet, Guidance(6.0, focus=5))
+    eager, _ = predicted(unet, Guidance(6.0, focus=5, own=5))
     compile_parts(unet, backend="eager")
-    compiled, _ = predicted(unet, Guidance(6.0, focus=5))
+    compiled, _ = predicted(unet, Guidance(6.0, focus=5, own=5))
     torch.testing.assert_close(compiled, eager, atol=1e-4, rtol=1e-4)
 
 
@@ -212,3 +231,4 @@ def test_from_when_on_guidance_is_focused(changes, first):
     guidance = guidance_of(SETTINGS.model_copy(update=changes))
     steps = [step for step in range(10) if guidance.focused(step)]
     assert steps == ([] if first is None else list(range(first, 10)))
+    assert [step for step in range(10) if guidance.keeps(step)] == [s for s in steps if s >= 8]

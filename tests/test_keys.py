@@ -40,9 +40,9 @@ LITERAL = {
     "encode": "79ca856a10d75d7cd4dd26fc",
     "invert": "57b8226633bc75b49cbaa6c0",
     "match": "72fa86ffbf5f3ea6417af307",
-    "edit": "6e73d2ee499f3a85a804b093",
-    "render": "7343b6e49b7f21b26bd92151",
-    "report": "dae05b702aaaa8257a291ca6",
+    "edit": "213a1c4e55a985b80ea1cc19",
+    "render": "109ea5ff767234be89f4c71f",
+    "report": "f3ac25ca8ad467f2675ec6f8",
 }
 
 

@@ -6,7 +6,7 @@ import torch
 from tiny_model import CHANNELS, WIDTH
 from unet_probe import CONV, Recorder, attention_in_float64, evaluate, normal
 
-from tokenflow_batch.tokenflow import passes
+from tokenflow_batch.tokenflow import passes, propagation
 from tokenflow_batch.tokenflow.attention import (
     attend,
     choose_attention,
@@ -14,21 +14,21 @@ from tokenflow_batch.tokenflow.attention import (
     split_heads,
     tokenflow_hooks,
 )
-from tokenflow_batch.tokenflow.correspondence import match_frames, vote
+from tokenflow_batch.tokenflow.correspondence import match_frames
 from tokenflow_batch.tokenflow.denoise import Denoiser
 from tokenflow_batch.tokenflow.injection import (
     Site,
     attention_sites,
 )
 from tokenflow_batch.tokenflow.keyframes import Neighbours, true_neighbours
+from tokenflow_batch.tokenflow.motion import agreed_motion, between_tokens
 from tokenflow_batch.tokenflow.passes import (
     FeaturePass,
     KeyframePass,
-    PropagationPass,
     SourcePass,
     inject_conv,
-    propagate,
 )
+from tokenflow_batch.tokenflow.propagation import PropagationPass, propagate
 
 K = 3
 
@@ -281,21 +281,28 @@ def test_the_neighbour_s_weight_decides_between_the_two_keyframes():
     assert out.unflatten(0, (2, 4))[:, :, 0, 0].tolist() == [[0.0, 0.25, 0.5, 1.0]] * 2
 
 
-def test_votes_are_summed_as_they_are_weighted_and_found_once_for_all_sites(monkeypatch):
-    hw, frames, tokens = (4, 6), 3, 24
+def test_tokens_come_from_where_the_agreed_motion_leads_found_once_for_all_sites(monkeypatch):
+    fine, coarse, frames = (4, 6), (2, 3), 3
+    grids = [coarse, fine, fine]
     joint = keyframe_pass(branches=2)
-    joint.outputs = {n: normal(n, 2, K, tokens, 5) for n in (0, 1)}
+    joint.outputs = {n: normal(n, 2, K, h * w, 5) for n, (h, w) in enumerate(grids)}
     near = [Neighbours(0, 1, 0.25), Neighbours(1, 2, 1.0), Neighbours(2, 2, 1.0, itself=True)]
     draw = torch.Generator().manual_seed(2)
-    index = torch.randint(0, tokens, (frames, 2, tokens), generator=draw)
-    index[2] = torch.arange(tokens)
-    votes = []
-    monkeypatch.setattr(passes, "vote", lambda *a: votes.append(vote(*a)) or votes[-1])
-    spread = propagation_pass(joint, near, stored_index=[index, index], vote_hw=hw)
-    for n in (0, 1):
+    index = {
+        g: torch.randint(0, g[0] * g[1], (frames, 2, g[0] * g[1]), generator=draw) for g in grids
+    }
+    for grid in index:
+        index[grid][2] = torch.arange(grid[0] * grid[1])
+    seen = []
+    monkeypatch.setattr(
+        propagation, "agreed_motion", lambda *a: seen.append(agreed_motion(*a)) or seen[-1]
+    )
+    spread = propagation_pass(joint, near, stored_index=[index[g] for g in grids], grids=grids)
+    for n, grid in enumerate(grids):
+        tokens = grid[0] * grid[1]
         given = torch.zeros(2 * frames, tokens, 5)
         got = spread.self_attention(Site(n, "", 0, False), None, given, lambda: None)
-        candidates, weight = votes[0]
+        candidates, weight = between_tokens(seen[0 if grid == coarse else 1])
         for r, f in ((0, 0), (1, 1), (1, 2)):
             table = joint.outputs[n][r].double()
             sides = [
@@ -307,4 +314,70 @@ def test_votes_are_summed_as_they_are_weighted_and_found_once_for_all_sites(monk
             torch.testing.assert_close(found.double(), expected, atol=1e-6, rtol=0)
         itself = got.unflatten(0, (2, frames))[:, 2]
         torch.testing.assert_close(itself, joint.outputs[n][:, 2], atol=1e-6, rtol=0)
-    assert len(votes) == 1
+    assert len(seen) == 2  # the coarser grid's, and from it the finer's
+    assert torch.equal(seen[1], agreed_motion(index[fine], fine, seen[0]))
+
+
+def focused_passes(unet, focus_K1hw):
+    """A keyframe pass and a propagation pass where prompts differ as `focus_K1hw` says."""
+    frames, drawn, hw = normal(0, 5, CHANNELS, 8, 8), [1, 3, 4], (8, 8)
+    near = [true_neighbours(f, drawn, 2) for f in range(5)]
+    joint, names = keyframe_pass(), [s.name for s in attention_sites(unet)]
+    edited = normal(5, 5, CHANNELS, 8, 8)
+    text = normal(1, 3, 5, WIDTH)
+    with tokenflow_hooks(unet) as hooks:
+        with hooks.during(SourcePass()) as seen:
+            evaluate(unet, frames, text[:1].expand(5, -1, -1))
+        index = [match_frames(t, t[drawn], near, "torch") for t in seen.tokens]
+        with hooks.during(joint):
+            rows = torch.cat([frames[drawn], edited[drawn], edited[drawn]])
+            evaluate(unet, rows, text.repeat_interleave(3, dim=0))
+        grids = [site.grid(hw) for site in hooks.sites]
+        spread = propagation_pass(joint, near, stored_index=index, grids=grids)
+        spread.focus_K1hw, spread.keep = focus_K1hw, focus_K1hw is not None
+        with hooks.during(spread), Recorder(unet, *names) as got:
+            rows = torch.cat([frames, edited, edited])
+            noise = evaluate(unet, rows, text.repeat_interleave(5, dim=0))
+    return joint, spread, got, noise, hooks.sites
+
+
+def test_where_the_prompts_agree_frames_keep_their_own_attention(unet):
+    """Source rows are the plain UNet's; the others add to them what the edit did to keyframes."""
+    focus = torch.rand(K, 1, 8, 8, generator=torch.Generator().manual_seed(3))
+    joint, spread, got, noise, sites = focused_passes(unet, focus)
+    plain = evaluate(
+        unet, normal(0, 5, CHANNELS, 8, 8), normal(1, 3, 5, WIDTH)[:1].expand(5, -1, -1)
+    )
+    torch.testing.assert_close(noise[:5], plain, atol=1e-5, rtol=1e-4)
+    for site in sites:
+        attn = unet.get_submodule(site.name)
+        tokens = got.inputs[site.name].double().numpy()
+        out = got.outputs[site.name].double().unflatten(0, (3, 5))
+        moved = spread.blended(site, joint.outputs[site.index], got.inputs[site.name]).double()
+        grid = site.grid((8, 8))
+        pooled = torch.nn.functional.adaptive_avg_pool2d(focus, grid).flatten(2).transpose(1, 2)
+        where = spread.blended(site, pooled.unsqueeze(0), got.inputs[site.name])[0].double()
+        for n in range(5):
+            own = torch.from_numpy(attention_in_float64(attn, tokens[n], tokens[n], tokens[n]))
+            torch.testing.assert_close(out[0, n], own, atol=2e-5, rtol=1e-4)
+            for r in (1, 2):
+                expected = moved[r, n] + (1 - where[n]) * (own - moved[0, n])
+                torch.testing.assert_close(out[r, n], expected, atol=2e-5, rtol=1e-4)
+        if grid == (8, 8):
+            finest = where.unflatten(1, grid)[..., 0].unsqueeze(1).float()
+    torch.testing.assert_close(spread.focus(), finest, atol=1e-5, rtol=0)
+
+
+def test_where_the_prompts_differ_everywhere_tokens_are_the_keyframes_alone(unet):
+    _, _, _, focused, _ = focused_passes(unet, torch.ones(K, 1, 8, 8))
+    _, _, _, plain, _ = focused_passes(unet, None)
+    torch.testing.assert_close(focused[5:], plain[5:], atol=1e-5, rtol=1e-4)
+
+
+def test_a_keyframe_keeps_what_the_joint_pass_gave_it_wherever_the_prompts_agree(unet):
+    """On a keyframe the source's own attention is the keyframe pass's: nothing is added."""
+    _, _, _, focused, _ = focused_passes(unet, torch.zeros(K, 1, 8, 8))
+    _, _, _, plain, _ = focused_passes(unet, None)
+    keyframes = [5 + 1, 5 + 3, 5 + 4]
+    torch.testing.assert_close(focused[keyframes], plain[keyframes], atol=1e-4, rtol=1e-3)
+    assert not torch.allclose(focused[5], plain[5], atol=1e-2)

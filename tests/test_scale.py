@@ -56,9 +56,17 @@ def glance(command, code, folder):
     )
 
 
-def quickest(command, code, folder):
-    """The best of three glances: what else a machine does only ever adds to it."""
-    return min(glance(command, code, folder) for _ in range(3))
+def quickest(command, code, folder, bound=5):
+    """The best of some glances: what else a machine does only ever adds to it.
+
+    As many as it takes to find one within `bound`, ten at most.
+    """
+    best = glance(command, code, folder)
+    for _ in range(9):
+        if best[0] < bound:
+            break
+        best = min(best, glance(command, code, folder))
+    return best
 
 
 def write_batch(folder):

@@ -63,9 +63,11 @@ def largest_batches(s: Settings, frames: int, cuts: Sequence[int] = ()) -> dict[
 def edit_batch(s: Settings, count: int, longest: int) -> int:
     """Rows of the largest batch of an edit of so many segments, the longest of so many frames."""
     together = count if count <= s.window_segments else s.window_segments + s.anchors
-    first, guided = s.first_step, guidance_of(s).first  # after either, branches only get fewer
-    steps = {first, max(first, guided) if guided < s.steps else first}
-    rows = (branches_at(s, step) for step in steps)
+    guidance = guidance_of(s)
+    # After each of these, branches only get fewer.
+    last = max(guidance.first, guidance.focus, guidance.own)
+    steps = {max(s.first_step, step) for step in (0, guidance.first, last)}
+    rows = (branches_at(s, step) for step in steps if step < s.steps)
     return max(max(joint * together, spread * longest) for joint, spread in rows)
 
 

@@ -37,7 +37,8 @@ class UNetCall:
         anchors: of a joint call, how many frames in front are anchors, and which of them the
             window's keyframes attend to.
         guided: of the edit's calls, whether a negative branch is among them.
-        focused: of propagation, whether it is found out where the prompts differ.
+        focused: of keyframes, whether it is found out where the prompts differ.
+        keeps: of propagation, whether the source's rows keep their own self-attention.
     """
 
     kind: Literal["plain", "keyframes", "propagation", "partial"]
@@ -49,6 +50,7 @@ class UNetCall:
     anchors: tuple[bool, ...] = ()
     guided: bool = True
     focused: bool = False
+    keeps: bool = False
 
     @property
     def rows(self) -> int:
@@ -106,8 +108,7 @@ def _branches_of(
     mode: str, injection: Injection, guidance: Guidance, steps: int
 ) -> Sequence[tuple[int, int, bool]]:
     def at(step: int, *, joint: bool) -> int:
-        guided = guidance.on(step)
-        return branch_count(MODES[mode], injection, step, keyframe_pass=joint, guided=guided)
+        return branch_count(MODES[mode], injection, guidance, step, keyframe_pass=joint)
 
     return [(at(t, joint=True), at(t, joint=False), guidance.on(t)) for t in range(steps)]
 
@@ -180,14 +181,17 @@ def _edit(s: Settings, frames: int, mode: Mode, cuts: Sequence[int]) -> Counter[
     for step in range(s.first_step, s.steps):
         drawn = draw_keyframes(s.keyframe_seed, step, layout.segments)
         conv, qk = step < injection.conv_steps, step < injection.qk_steps
-        guided, focused = guidance_of(s).on(step), guidance_of(s).focused(step)
+        guidance = guidance_of(s)
+        guided, focused, keeps = (
+            ask(step) for ask in (guidance.on, guidance.focused, guidance.keeps)
+        )
         joint, spread = branches_at(s, step)
         for window in layout.windows:
             now = layout.moment(mode.neighbours, drawn, window)
             together = len(now.keyframes) + len(now.anchors)
-            call = UNetCall("keyframes", together, joint, conv, qk, 0, now.foreign, guided)
+            call = UNetCall("keyframes", together, joint, conv, qk, 0, now.foreign, guided, focused)
             total[call] += 1
-            if conv and recomputes_conv(s):
+            if conv and recomputes_conv(s) and not keeps:
                 total += _partial(s, now, qk=qk)
             for near in batches(now.neighbours, s.segment_length):
                 keyframes = {k for n in near for k in (n.first, n.second)}
@@ -199,7 +203,7 @@ def _edit(s: Settings, frames: int, mode: Mode, cuts: Sequence[int]) -> Counter[
                     conv,
                     searched=searched,
                     guided=guided,
-                    focused=focused,
+                    keeps=keeps,
                 )
                 total[call] += 1
     return total

@@ -74,7 +74,8 @@ class _EditWork:
         pairs: over these rows, how many frames each attends to besides itself.
         spread: rows of the propagation.
         searched: pairs of frames between which correspondences are searched on the way.
-        focused: frames for which it is found out where the prompts differ.
+        focused: keyframes for which it is found out where the prompts differ.
+        kept: rows of the propagation that keep their own self-attention.
     """
 
     joint: int = 0
@@ -82,6 +83,7 @@ class _EditWork:
     spread: int = 0
     searched: int = 0
     focused: int = 0
+    kept: int = 0
 
 
 @lru_cache(maxsize=16)
@@ -91,18 +93,18 @@ def _edit_work(s: Settings, frames: int, cuts: tuple[int, ...]) -> _EditWork:
     sizes = [(len(window.segments), _foreign(layout, window)) for window in layout.windows]
     together = sum(anchors + own for own, _ in sizes)
     beside = sum(anchors * (anchors - 1) + own * (own - 1 + seen) for own, seen in sizes)
-    joint = pairs = spread = searched = focused = 0
-    guidance = guidance_of(s)
-    counted = _predicted_by_all(layout, mode, _draws(s, frames, cuts))
-    steps = list(enumerate(zip(branches(s), counted, strict=True)))[s.first_step :]
-    for step, ((on_keyframes, on_frames, guided), predicted) in steps:
-        joint += on_keyframes * together
-        pairs += (1 + guided) * beside
-        spread += on_frames * predicted
-        focused += guidance.focused(step) * predicted
-        if not mode.stored_source:  # in both keyframes; the clip's first segment has one
-            searched += 2 * predicted - len(layout.segments[0])
-    return _EditWork(joint, pairs, spread, searched, focused)
+    guidance, first = guidance_of(s), s.first_step
+    rows = branches(s)[first:]
+    predicted = _predicted_by_all(layout, mode, _draws(s, frames, cuts))[first:]
+    joint = together * sum(on_keyframes for on_keyframes, _, _ in rows)
+    pairs = beside * sum(1 + guided for _, _, guided in rows)
+    spread = sum(on_frames * n for (_, on_frames, _), n in zip(rows, predicted, strict=True))
+    focused = together * sum(guidance.focused(step) for step in range(first, s.steps))
+    kept = sum(n for step, n in enumerate(predicted, first) if guidance.keeps(step))
+    searched = 0
+    if not mode.stored_source:  # in both keyframes; the clip's first segment has one
+        searched = sum(2 * n - len(layout.segments[0]) for n in predicted)
+    return _EditWork(joint, pairs, spread, searched, focused, kept)
 
 
 def partial_row_count(settings: Settings, frames: int, cuts: tuple[int, ...] = ()) -> int:
@@ -120,8 +122,10 @@ def partial_row_count(settings: Settings, frames: int, cuts: tuple[int, ...] = (
     predicted = _predicted_by_all(layout, MODES[s.mode], _draws(s, frames, cuts))
     own = sum(len(window.segments) for window in layout.windows)
     joint = own + len(layout.anchors) * len(layout.windows)
-    without_source = max(injection.conv_steps - injection.qk_steps, 0)
-    return sum(n - own for n in predicted[: injection.conv_steps]) + joint * without_source
+    guidance = guidance_of(s)
+    steps = [step for step in range(injection.conv_steps) if not guidance.keeps(step)]
+    without_source = sum(step >= injection.qk_steps for step in steps)
+    return sum(predicted[step] - own for step in steps) + joint * without_source
 
 
 def edit_flops(
@@ -141,8 +145,8 @@ def edit_flops(
         latent_hw: (h, w) of the latents.
     """
     s, work = settings, _edit_work(settings, frames, cuts)
-    total = unet.joint(latent_hw, work.joint, work.pairs)
-    total += unet.propagated(latent_hw, work.spread, work.searched, work.focused)
+    total = unet.joint(latent_hw, work.joint, work.pairs, work.focused)
+    total += unet.propagated(latent_hw, work.spread, work.searched, work.kept)
     partial = partial_row_count(s, frames, cuts)
     return total + (partial * unet.row(latent_hw, s.conv_site) if partial else 0)
 

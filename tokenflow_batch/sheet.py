@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -14,6 +15,8 @@ Frame = NDArray[np.uint8]
 _CELL = 160
 _GAP = 4
 _LINE = 20
+_SIDE = 96
+"""Least width of the labels' column."""
 
 
 def sample_times(frames: int, count: int = 8) -> list[int]:
@@ -35,13 +38,14 @@ def contact_sheet(
     first = next(iter(rows.values()))[0]
     width = _CELL
     height = round(width * first.shape[0] / first.shape[1])
-    side = 96
+    font = ImageFont.load_default(size=13)
+    side = max(_SIDE, 2 * _GAP + math.ceil(max(map(font.getlength, rows))))
     total = (
         side + len(columns) * (width + _GAP),
         2 * _LINE + _GAP + len(rows) * (height + _GAP),
     )
     sheet = Image.new("RGB", total, "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=13)
+    draw = ImageDraw.Draw(sheet)
     draw.text((_GAP, 2), title, fill="black", font=font)
     for c, label in enumerate(columns):
         draw.text((side + c * (width + _GAP), _LINE + 2), label, fill="dimgray", font=font)

@@ -97,31 +97,34 @@ class UNetFlops:
         """
         return _row(self, latent_hw, site)
 
-    def joint(self, latent_hw: tuple[int, int], rows: int, pairs: int) -> int:
+    def joint(self, latent_hw: tuple[int, int], rows: int, pairs: int, focused: int = 0) -> int:
         """FLOPs of joint passes over keyframes.
 
         Args:
             latent_hw: (h, w) of the latents.
             rows: how many.
             pairs: over these rows, how many frames each attends to besides itself.
+            focused: for how many frames it is found out where the prompts differ.
         """
-        return rows * self.row(latent_hw) + pairs * self._core(latent_hw)
+        focus = focused * self.focus(latent_hw)
+        return rows * self.row(latent_hw) + pairs * self._core(latent_hw) + focus
 
     def propagated(
-        self, latent_hw: tuple[int, int], rows: int, searched: int = 0, focused: int = 0
+        self, latent_hw: tuple[int, int], rows: int, searched: int = 0, kept: int = 0
     ) -> int:
-        """FLOPs of rows whose self-attention is replaced.
+        """FLOPs of propagation: rows whose self-attention is replaced.
 
         Args:
             latent_hw: (h, w) of the latents.
             rows: how many.
             searched: in how many pairs of frames correspondences are searched on the way.
-            focused: for how many frames it is found out where the prompts differ.
+            kept: how many of the rows keep their own.
         """
         core = self._core(latent_hw)
-        without = self.row(latent_hw) - _total(self, latent_hw, ".attn1") - core
+        attention = _total(self, latent_hw, ".attn1") + core
         # A search is a product, attention is two.
-        return rows * without + searched * core // 2 + focused * self.focus(latent_hw)
+        whole = rows * self.row(latent_hw) + searched * core // 2
+        return whole - (rows - kept) * attention
 
     def focus(self, latent_hw: tuple[int, int]) -> int:
         """FLOPs of finding out where two prompts differ, a frame."""

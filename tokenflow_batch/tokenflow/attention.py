@@ -97,6 +97,22 @@ def merge_heads(x_NHLD: Tensor) -> Tensor:
     return x_NHLD.transpose(1, 2).flatten(-2)
 
 
+def attend_alone(attn: Any, tokens_NLC: Tensor, backend: AttentionBackend) -> Tensor:
+    """Self-attention of every frame for itself, after `to_out`, (N, L, C).
+
+    Args:
+        attn: the diffusers `Attention` module, for its projections.
+        tokens_NLC: its input φ.
+        backend: of the attention.
+    """
+    q, k, v = (
+        split_heads(project(tokens_NLC), attn.heads)
+        for project in (attn.to_q, attn.to_k, attn.to_v)
+    )
+    out: Tensor = attn.to_out[0](merge_heads(attend(q, k, v, attn.scale, backend)))
+    return out
+
+
 class Pass(Protocol):
     """What one forward pass of the UNet does at the seams."""
 

@@ -8,7 +8,6 @@ kernel return the same indices save ties within float32's rounding.
 from __future__ import annotations
 
 import importlib.util
-import itertools
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -232,39 +231,3 @@ def match_frames(
         if near.second == near.first:
             index_N2L[n, 1] = index_N2L[n, 0]
     return index_N2L
-
-
-def vote(index_N2L: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """Let each token's neighbours say where it comes from, too.
-
-    If the token at p + δ corresponds to q, then p should correspond to q − δ. A token is put
-    together from what the 3 × 3 tokens around it say, weighted 1-2-1 both ways; proposals off the
-    grid don't count. Neighbouring tokens then come from neighbouring places, which a search for
-    each token alone does not see to (docs/architecture.md has what it gains). It follows from the
-    stored field, so nothing more is kept.
-
-    Args:
-        index_N2L: γ of N frames into two keyframes, int64.
-        width: tokens in a row of the grid.
-
-    Returns:
-        (N, 2, L, 9) int64 candidates and their float32 weights, which sum to 1.
-    """
-    rows = index_N2L.shape[-1] // width
-    row, column = torch.meshgrid(
-        torch.arange(rows, device=index_N2L.device),
-        torch.arange(width, device=index_N2L.device),
-        indexing="ij",
-    )
-    candidates, weights = [], []
-    for dy, dx in itertools.product((-1, 0, 1), repeat=2):
-        y, x = row + dy, column + dx
-        here = (y >= 0) & (y < rows) & (x >= 0) & (x < width)
-        beside = (y.clamp(0, rows - 1) * width + x.clamp(0, width - 1)).flatten()
-        match = index_N2L[..., beside]
-        to_y, to_x = match // width - dy, match % width - dx
-        good = here.flatten() & (to_y >= 0) & (to_y < rows) & (to_x >= 0) & (to_x < width)
-        candidates.append(torch.where(good, to_y * width + to_x, 0))
-        weights.append(good * float((2 - abs(dy)) * (2 - abs(dx))))
-    weight_N2LV = torch.stack(weights, dim=-1)
-    return torch.stack(candidates, dim=-1), weight_N2LV / weight_N2LV.sum(dim=-1, keepdim=True)

@@ -25,7 +25,8 @@ from tokenflow_batch.tokenflow.ddim import noise_from_prediction
 from tokenflow_batch.tokenflow.focus import Focus, guided
 from tokenflow_batch.tokenflow.keyframes import Neighbours
 from tokenflow_batch.tokenflow.modes import DEFAULT, Guidance, Injection, Mode, branch_count
-from tokenflow_batch.tokenflow.passes import Enough, FeaturePass, KeyframePass, PropagationPass
+from tokenflow_batch.tokenflow.passes import Enough, FeaturePass, KeyframePass
+from tokenflow_batch.tokenflow.propagation import PropagationPass
 from tokenflow_batch.tokenflow.weights import Weights
 from tokenflow_batch.tokenflow.windows import WindowMoment
 
@@ -169,12 +170,16 @@ class EditSettings:
     def stores_conv(self, step: int) -> bool:
         """Whether stored convolution features are injected at a step."""
         stored = self.mode.stored_source and not self.recompute_conv
-        return stored and step < self.injection.conv_steps
+        return stored and self._lacks_conv(step)
 
     def recomputes_conv(self, step: int) -> bool:
         """Whether convolution features are computed and injected at a step."""
         wanted = self.mode.stored_source and self.recompute_conv
-        return wanted and step < self.injection.conv_steps
+        return wanted and self._lacks_conv(step)
+
+    def _lacks_conv(self, step: int) -> bool:
+        """Whether features are injected that no source branch in every batch has."""
+        return step < self.injection.conv_steps and not self.guidance.keeps(step)
 
 
 def predict_window(
@@ -209,22 +214,23 @@ def predict_window(
     """
     together = [*window.anchors, *window.keyframes]
     joint = _keyframe_pass(settings, hooks, inputs, window, step)
+    if settings.guidance.focused(step):
+        joint.focus = Focus(denoiser.unet, prompts.source, len(together), settings.latent_hw)
     with_guidance = settings.guidance.on(step)
     call = _Call(denoiser, hooks, inputs, _texts(prompts, with_guidance), t, alpha)
     recompute = settings.recomputes_conv(step)
     if recompute and joint.branches == joint.edited:  # else they are the batch's own source's
         joint.stored_conv_KChw = call.features(inputs.source(together))
     on_rows(call.run(joint, call.read(together, joint.branches), len(together))[1])
+    where_K1hw = joint.focus.weight()[len(window.anchors) :] if joint.focus else None
     predictions = []
 
     def passes() -> Iterator[tuple[PropagationPass, _Latents, range, Tensor | None]]:
         for start in range(0, len(window.frames), settings.batch):
             part = slice(start, start + settings.batch)
             batch, near = window.frames[part], window.neighbours[part]
-            focus = None
-            if settings.guidance.focused(step):
-                focus = Focus(denoiser.unet, prompts.source, len(batch), settings.latent_hw)
-            spread = _propagation_pass(settings, joint, inputs, batch, near, step, focus)
+            spread = _propagation_pass(settings, hooks, joint, inputs, batch, near, step)
+            spread.focus_K1hw, spread.keep = where_K1hw, settings.guidance.keeps(step)
             spread.pin(denoiser.device)
             others = [f for f in batch if f not in window.keyframes] if recompute else []
             source = inputs.source(others) if others else None
@@ -233,10 +239,10 @@ def predict_window(
     for spread, latents, batch, source in ahead(passes(), 1):
         if recompute:
             spread.stored_conv_NChw = call.features_of(batch, joint, window.keyframes, source)
-        noise_RNChw, rows = call.run(spread, latents, len(batch), spread.focus)
+        noise_RNChw, rows = call.run(spread, latents, len(batch))
         noise = noise_RNChw[-1]
         if with_guidance:
-            noise = guided(noise_RNChw[-2], noise, settings.guidance.scale, spread.focus)
+            noise = guided(noise_RNChw[-2], noise, settings.guidance.scale, spread.focus())
         predictions.append(noise.cpu())
         on_rows(rows)
     return torch.cat(predictions)
@@ -255,7 +261,7 @@ def _keyframe_pass(
     stored = settings.stores_conv(step)
     return KeyframePass(
         branches=branch_count(
-            settings.mode, settings.injection, step, keyframe_pass=True, guided=guided
+            settings.mode, settings.injection, settings.guidance, step, keyframe_pass=True
         ),
         inject_qk=step < settings.injection.qk_steps,
         inject_conv=conv_on,
@@ -269,27 +275,27 @@ def _keyframe_pass(
 
 def _propagation_pass(
     settings: EditSettings,
+    hooks: Hooks,
     joint: KeyframePass,
     inputs: WindowInputs,
     batch: range,
     neighbours: Sequence[Neighbours],
     step: int,
-    focus: Focus | None,
 ) -> PropagationPass:
-    conv_on, guided = step < settings.injection.conv_steps, settings.guidance.on(step)
+    conv_on, hw = step < settings.injection.conv_steps, settings.latent_hw
     stored = settings.mode.stored_source
     return PropagationPass(
         joint,
         neighbours,
         branches=branch_count(
-            settings.mode, settings.injection, step, keyframe_pass=False, guided=guided
+            settings.mode, settings.injection, settings.guidance, step, keyframe_pass=False
         ),
         inject_conv=conv_on,
         stored_conv_NChw=inputs.conv(batch) if settings.stores_conv(step) else None,
         stored_index=inputs.correspondences(batch) if stored else None,
         matching=settings.matching,
-        vote_hw=settings.latent_hw if settings.mode.vote else None,
-        focus=focus,
+        grids=[site.grid(hw) for site in hooks.sites] if stored else None,
+        agreed=settings.mode.agreed,
     )
 
 
@@ -343,11 +349,11 @@ class _Call:
         active: KeyframePass | PropagationPass,
         latents: _Latents,
         frames: int,
-        focus: Focus | None = None,
     ) -> tuple[Tensor, int]:
         """(R, N, C, h, w) noise and the rows it took, branches in the order of `passes`."""
         embeds = self.texts[-len(latents) :]
         embeds_NTE = torch.cat([e.expand(frames, -1, -1) for e in embeds])
+        focus = active.focus if isinstance(active, KeyframePass) else None
         with self.hooks.during(active), focus.watching() if focus else nullcontext():
             noise = self.denoiser.noise(
                 torch.cat(latents), self.t, self.alpha, embeds_NTE, active=active

@@ -24,7 +24,7 @@ from tokenflow_batch.tokenflow.compiled import uncompiled
 from tokenflow_batch.tokenflow.injection import attention_sites
 from tokenflow_batch.unet_flops import focus_sites
 
-NOT_HERE, HERE = 0.5, 0.7
+NOT_HERE, HERE = 0.45, 0.55
 """Relative to the frame's largest difference: up to where there is no guidance, and from where
 there is all of it. (DiffEdit, Couairon et al., ICLR 2023, cuts its differences at the half.)"""
 
@@ -109,15 +109,16 @@ class Focus:
         return ((change_N1hw / largest_N111 - NOT_HERE) / (HERE - NOT_HERE)).clamp(0, 1)
 
 
-def guided(negative: Tensor, target: Tensor, scale: float, focus: Focus | None = None) -> Tensor:
+def guided(negative: Tensor, target: Tensor, scale: float, where: Tensor | None = None) -> Tensor:
     """Classifier-free guidance, ε_neg + g · (ε_target − ε_neg), (N, C, h, w).
 
     Args:
         negative: noise from the negative prompt, (N, C, h, w).
         target: from the edit's.
         scale: g.
-        focus: what watched the pass; where it gives nothing g is 1. None is g everywhere.
+        where: how much of it a place gets, 0 to 1, (N, 1, h, w); at 0, g is 1. None is all of it
+            everywhere.
     """
-    if focus is None:
+    if where is None:
         return negative + scale * (target - negative)
-    return negative + (1 + (scale - 1) * focus.weight()) * (target - negative)
+    return negative + (1 + (scale - 1) * where.to(target)) * (target - negative)

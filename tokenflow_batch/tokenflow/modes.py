@@ -23,16 +23,17 @@ class Mode:
         stored_source: correspondences and convolution features of the source come from an earlier
             source pass. Otherwise the source branch goes through both passes and everything is
             found on the way, where deeper blocks see propagated instead of true source features.
-        vote: a token is put together from its neighbours' correspondences, too.
+        agreed: tokens come from where the motion leads that those around agree on (`motion`), not
+            each from its own correspondence.
     """
 
     neighbours: NeighbourRule
     stored_source: bool
-    vote: bool
+    agreed: bool
 
 
-DEFAULT = Mode(true_neighbours, stored_source=True, vote=True)
-PUBLISHED = Mode(published_neighbours, stored_source=False, vote=False)
+DEFAULT = Mode(true_neighbours, stored_source=True, agreed=True)
+PUBLISHED = Mode(published_neighbours, stored_source=False, agreed=False)
 MODES = {"default": DEFAULT, "official": PUBLISHED}
 
 
@@ -54,6 +55,11 @@ class Injection:
         return cls(int(steps * attn_t), int(steps * f_t))
 
 
+_OWN = 0.84
+"""Share of the steps from which on frames keep their own attention where the prompts agree: nearly
+all that it brings comes from the last steps, and each takes a row more of every frame."""
+
+
 @dataclass(frozen=True)
 class Guidance:
     """Classifier-free guidance, during which sampling steps, and from when on not everywhere.
@@ -67,20 +73,22 @@ class Guidance:
         stop: one past the last.
         focus: the first step with guidance only where the target's prompt asks for something else
             than the source's (`focus`); elsewhere g is 1.
+        own: of these, the first step at which frames also keep their own attention elsewhere.
     """
 
     scale: float
     first: int = 0
     stop: int = 1 << 30
     focus: int = 1 << 30
+    own: int = 1 << 30
 
     @classmethod
     def within(
         cls, scale: float, steps: int, interval: tuple[float, float], focus: float = 1.0
     ) -> Guidance:
         """From shares of the `steps` sampling steps, 0 the noisiest."""
-        first, stop, focused = (int(steps * share) for share in (*interval, focus))
-        return cls(scale, first, stop, focused)
+        first, stop, focused, own = (int(steps * share) for share in (*interval, focus, _OWN))
+        return cls(scale, first, stop, focused, own)
 
     def on(self, step: int) -> bool:
         """Whether a step has a negative branch; g = 1 needs none."""
@@ -90,13 +98,19 @@ class Guidance:
         """Whether a step has guidance in some places only."""
         return self.on(step) and step >= self.focus
 
+    def keeps(self, step: int) -> bool:
+        """Whether at a step frames keep their own attention in the other places."""
+        return self.focused(step) and step >= self.own
+
 
 def branch_count(
-    mode: Mode, injection: Injection, step: int, *, keyframe_pass: bool, guided: bool = True
+    mode: Mode, injection: Injection, guidance: Guidance, step: int, *, keyframe_pass: bool
 ) -> int:
     """Rows per frame in a pass: target, negative where there is guidance, source where needed.
 
-    With a stored source the source branch is needed only where queries and keys are injected.
+    With a stored source the source branch is needed only where queries and keys are injected, and
+    where frames keep their own attention.
     """
-    source = not mode.stored_source or (keyframe_pass and step < injection.qk_steps)
-    return 1 + guided + source
+    injects = keyframe_pass and step < injection.qk_steps
+    source = not mode.stored_source or injects or guidance.keeps(step)
+    return 1 + guidance.on(step) + source

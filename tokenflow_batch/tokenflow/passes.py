@@ -1,4 +1,4 @@
-"""The kinds of UNet pass: source, whole or for its features; joint keyframe edit; propagation.
+"""The kinds of UNet pass but propagation: source, whole or for its features; joint keyframe edit.
 
 Shape suffixes: R branches in a batch, N frames in a batch, K keyframes, L tokens, H heads,
 D channels per head, C channels, h w feature map size. A batch holds its branches one after the
@@ -7,28 +7,20 @@ other, (R·N) rows, in the order source, negative, target.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from tokenflow_batch.clock import measured
 from tokenflow_batch.tokenflow.attention import (
     AttentionBackend,
     attend,
     merge_heads,
     split_heads,
 )
-from tokenflow_batch.tokenflow.correspondence import Backend, match_frames, vote
 from tokenflow_batch.tokenflow.focus import Focus
 from tokenflow_batch.tokenflow.injection import Site
-from tokenflow_batch.tokenflow.keyframes import Neighbours
-
-Shares = Sequence[tuple[float, float]]
-"""Per frame, how much the tokens of its first and of its second keyframe count."""
 
 
 class Enough(Exception):  # noqa: N818 - nothing is wrong
@@ -156,6 +148,7 @@ class KeyframePass:
         keep_tokens: bool = False,
         foreign: Sequence[bool] = (),
         guided: bool = True,
+        focus: Focus | None = None,
     ) -> None:
         """Set up a pass.
 
@@ -168,8 +161,9 @@ class KeyframePass:
             keep_tokens: for finding correspondences on the way.
             foreign: per anchor, whether it is none of the window's keyframes.
             guided: whether the batch has the negative branch.
+            focus: watches the target branch meanwhile.
         """
-        self.edited = 1 + guided
+        self.edited, self.focus = 1 + guided, focus
         if inject_qk and branches == self.edited:
             raise ValueError("injecting queries and keys needs the source branch in the batch")
         if keep_tokens and branches == self.edited:
@@ -245,168 +239,3 @@ class KeyframePass:
             source_KChw = features_NChw.chunk(self.branches)[0]
         self.conv = source_KChw[len(self.foreign) :]
         return inject_conv(features_NChw, self.branches, source_KChw, self.edited)
-
-
-class PropagationPass:
-    """Ordinary frames: `attn1` is replaced by the keyframes' edited tokens (paper §4.2, eq. 6).
-
-    Correspondences are either given (`stored_index`) or found in this very pass between the
-    batch's source branch and the keyframe pass's, as the published code does.
-    """
-
-    def __init__(
-        self,
-        keyframe_pass: KeyframePass,
-        neighbours: Sequence[Neighbours],
-        *,
-        branches: int,
-        inject_conv: bool,
-        stored_conv_NChw: Tensor | None,
-        stored_index: Sequence[Tensor] | None,
-        matching: Backend,
-        vote_hw: tuple[int, int] | None = None,
-        focus: Focus | None = None,
-    ) -> None:
-        """Set up a pass.
-
-        Args:
-            keyframe_pass: of the same window and step, performed.
-            neighbours: whom each frame looks at, by position among its keyframes.
-            branches: R.
-            inject_conv: copy the source's convolution features.
-            stored_conv_NChw: those; None takes them from the source branch.
-            stored_index: γ per site, (N, 2, L) int64; None finds them.
-            matching: backend for finding them.
-            vote_hw: latent size (h, w) to let neighbouring tokens vote; None for the plain field.
-            focus: watches the target branch meanwhile.
-        """
-        self.keyframe_pass, self.neighbours, self.branches = keyframe_pass, neighbours, branches
-        self.vote_hw, self.focus = vote_hw, focus
-        self.inject_conv, self.stored_conv_NChw = inject_conv, stored_conv_NChw
-        self.stored_index, self.matching = stored_index, matching
-        self._voted: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
-        self._weights: Tensor | None = None
-
-    @property
-    def searches(self) -> int:
-        """How many times a frame's tokens are searched in a keyframe's during the pass."""
-        if self.stored_index is not None:
-            return 0
-        return sum(1 + (n.first != n.second) for n in self.neighbours if not n.itself)
-
-    @measured("correspondence")
-    def self_attention(
-        self,
-        site: Site,
-        attn: Any,  # noqa: ARG002
-        tokens_NLC: Tensor,
-        plain: Callable[[], Tensor],  # noqa: ARG002
-    ) -> Tensor:
-        """Tokens of the neighbouring keyframes, gathered by correspondence and blended."""
-        out_RKLC = self.keyframe_pass.outputs[site.index][-self.branches :]
-        return self.blended(site, out_RKLC, tokens_NLC).flatten(0, 1)
-
-    def blended(
-        self, site: Site, out_RKLC: Tensor, tokens_NLC: Tensor, shares: Shares | None = None
-    ) -> Tensor:
-        """The keyframes' tokens where correspondences say, both sides summed, (R, N, L, C).
-
-        Args:
-            site: which self-attention.
-            out_RKLC: what is propagated.
-            tokens_NLC: φ, in which correspondences are found if none are given.
-            shares: per frame, how much each side counts; as its neighbours' weight says if None.
-        """
-        share_N2 = self._shares(shares, out_RKLC.device)
-        if self.vote_hw is None:
-            index_N2L = self._correspondences(site, tokens_NLC)
-            sides = (
-                propagate(out_RKLC, index_N2L[:, s], self._keyframes(s))
-                * share_N2[:, s].to(out_RKLC).view(-1, 1, 1)
-                for s in (0, 1)
-            )
-            return functools.reduce(torch.add, sides)
-        bags_NLV, votes_NLV = self._votes(site, self.vote_hw, tokens_NLC)
-        share_NLV = share_N2.repeat_interleave(votes_NLV.shape[-1] // 2, 1).unsqueeze(1)
-        weights = (votes_NLV * share_NLV).to(out_RKLC).flatten(0, 1)
-        # One pass over the tokens that add up to one, which a sum of gathered copies takes 18 for.
-        summed = [
-            functional.embedding_bag(
-                bags_NLV.flatten(0, 1),
-                out_KLC.flatten(0, 1),
-                mode="sum",
-                per_sample_weights=weights,
-            )
-            for out_KLC in out_RKLC
-        ]
-        return torch.stack(summed).unflatten(1, bags_NLV.shape[:2])
-
-    def _shares(self, shares: Shares | None, device: torch.device) -> Tensor:
-        """How much each side of every frame counts, (N, 2) float32."""
-        if shares is not None:
-            return torch.tensor(shares, device=device)
-        if self._weights is None:  # once for all sites: a GPU is waited for at every such copy
-            first_N = torch.tensor([n.weight for n in self.neighbours])
-            self._weights = torch.stack((first_N, 1 - first_N), dim=1).to(device)
-        return self._weights
-
-    def _votes(self, site: Site, hw: tuple[int, int], tokens_NLC: Tensor) -> tuple[Tensor, Tensor]:
-        """All candidates for a token in the keyframes' row of tokens, and the share of its side
-        that each has, (N, L, V): found once for all sites that have the same correspondences."""
-        tokens = tokens_NLC.shape[1]
-        source = None if self.stored_index is None else self.stored_index[site.index]
-        known = self._voted.get(tokens)
-        if known is not None and source is not None and known[0] is source:
-            return known[1:]
-        index_N2L, (_, width) = self._correspondences(site, tokens_NLC), site.grid(hw)
-        index_N2LV, weight_N2LV = vote(index_N2L, width)
-        sides = torch.tensor([self._keyframes(s) for s in (0, 1)], device=index_N2L.device)
-        bags_N2LV = index_N2LV + sides.T.unflatten(1, (2, 1, 1)) * tokens
-        bags_NLV, votes_NLV = (x.transpose(1, 2).flatten(2) for x in (bags_N2LV, weight_N2LV))
-        if source is not None:
-            self._voted[tokens] = source, bags_NLV, votes_NLV
-        return bags_NLV, votes_NLV
-
-    def _keyframes(self, side: int) -> list[int]:
-        return [near_k(n, side) for n in self.neighbours]
-
-    def pin(self, device: torch.device) -> None:
-        """Have the stored features ready for a GPU to fetch by itself, while it computes.
-
-        For the thread that reads ahead. On a CPU there is nothing to do.
-        """
-        if device.type != "cuda":
-            return
-        if self.stored_conv_NChw is not None:
-            self.stored_conv_NChw = self.stored_conv_NChw.pin_memory()
-        if self.stored_index is not None:  # sites of one grid have one tensor, and go on having it
-            pinned = {id(index): index.pin_memory() for index in self.stored_index}
-            self.stored_index = [pinned[id(index)] for index in self.stored_index]
-
-    def _correspondences(self, site: Site, tokens_NLC: Tensor) -> Tensor:
-        if self.stored_index is not None:
-            # Votes are counted where the tokens are.
-            return self.stored_index[site.index].to(tokens_NLC.device, non_blocking=True)
-        source_NLC = tokens_NLC.chunk(self.branches)[0]
-        keyframes_KLC = self.keyframe_pass.tokens[site.index]
-        return match_frames(source_NLC, keyframes_KLC, self.neighbours, self.matching)
-
-    def conv_features(self, features_NChw: Tensor) -> Tensor:
-        """Plug-and-Play injection, if this step asks for it."""
-        if not self.inject_conv:
-            return features_NChw
-        edited = self.keyframe_pass.edited
-        return inject_conv(features_NChw, self.branches, self.stored_conv_NChw, edited)
-
-
-def near_k(neighbours: Neighbours, side: int) -> int:
-    """The keyframe position on side 0 (first) or 1 (second)."""
-    return neighbours.second if side else neighbours.first
-
-
-def propagate(out_RKLC: Tensor, index_NL: Tensor, keyframe: Sequence[int]) -> Tensor:
-    """out[k_n][γ_n[p]] for every frame n and token p: (R, N, L, C)."""
-    tokens = out_RKLC.shape[2]
-    offset_N1 = torch.tensor(keyframe, device=out_RKLC.device).view(-1, 1) * tokens
-    flat = (index_NL.to(out_RKLC.device) + offset_N1).flatten()
-    return out_RKLC.flatten(1, 2)[:, flat].unflatten(1, index_NL.shape)

@@ -14,7 +14,8 @@ from typing import Any, cast
 from torch import nn
 
 from tokenflow_batch.tokenflow.injection import attention_sites
-from tokenflow_batch.tokenflow.passes import KeyframePass, PropagationPass
+from tokenflow_batch.tokenflow.passes import KeyframePass
+from tokenflow_batch.tokenflow.propagation import PropagationPass
 from tokenflow_batch.unet_flops import UNetFlops
 
 
@@ -51,9 +52,10 @@ class Weights:
         """
         if isinstance(active, KeyframePass):
             pairs = active.frame_pairs(rows // active.branches)
-            return rows * self._row + (pairs - rows) * self._scores
-        if isinstance(active, PropagationPass):
-            without = rows * (self._row - self._attn1) + active.searches * self._scores // 2
             focused = active.focus.frames if active.focus else 0
-            return without + focused * self._of.focus(self._latent_hw)
+            focus = focused * self._of.focus(self._latent_hw)
+            return rows * self._row + (pairs - rows) * self._scores + focus
+        if isinstance(active, PropagationPass):
+            replaced = rows - active.kept
+            return rows * self._row - replaced * self._attn1 + active.searches * self._scores // 2
         return rows * self._row
