@@ -24,7 +24,7 @@ from tokenflow_batch.tokenflow.compiled import uncompiled
 from tokenflow_batch.tokenflow.injection import attention_sites
 from tokenflow_batch.unet_flops import focus_sites
 
-NOT_HERE, HERE = 0.45, 0.55
+NOT_HERE, HERE = 0.4, 0.5
 """Relative to the frame's largest difference: up to where there is no guidance, and from where
 there is all of it. (DiffEdit, Couairon et al., ICLR 2023, cuts its differences at the half.)"""
 
