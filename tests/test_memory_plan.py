@@ -30,6 +30,7 @@ def peaks(*points, base=0):
         {"mode": "official"},
         {"technique": "sdedit"},
         {"attn_t": 0.0},
+        {"attn_t": 0.0, "source_prompt": "a", "prompt": "b", "guidance_focus": 0.25},
         {"window_segments": 4, "anchors": 3, "window_overlap": 1},
         {"segment_length": 32, "window_segments": 2, "window_overlap": 1, "anchors": 0},
         {"unet_batch": 200, "chunk_frames": 32},

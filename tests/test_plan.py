@@ -64,6 +64,8 @@ def test_balanced_rows_per_frame():
     assert (alone["invert"], alone["edit"]) == (per_frame["invert"], per_frame["edit"])
     assert rows(unet_calls(Settings(), 64)["match"]) == 0
     assert per_frame["edit"] == 25 * (2 + 2 / 8) + 12 / 8
+    compared = unet_calls(Settings(source_prompt="a wolf", prompt="a fox"), frames)["edit"]
+    assert rows(compared) / frames == per_frame["edit"] + 4 * (1 + 1 / 8)
 
 
 @pytest.mark.parametrize(
@@ -79,6 +81,7 @@ def test_balanced_rows_per_frame():
         {"segment_length": 1, "chunk_frames": 5, "keyframe_seed": 7},
         {"guidance_interval": (0.2, 0.7)},
         {"source_prompt": "a", "prompt": "b", "guidance_focus": 0.25},
+        {"source_prompt": "a", "prompt": "b", "conv_features": "recompute", "f_t": 1.0},
         {"guidance_scale": 1.0, "mode": "official"},
         {"conv_features": "recompute"},
         {"conv_features": "recompute", "mode": "official"},

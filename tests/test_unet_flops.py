@@ -66,6 +66,7 @@ def test_a_site_that_is_not_there_is_named():
         {"mode": "official", "window_segments": 4, "segment_length": 3},
         {"technique": "sdedit", "guidance_interval": (0.4, 0.8)},
         {"source_prompt": "a", "prompt": "b", "guidance_focus": 0.25},
+        {"source_prompt": "a", "prompt": "b", "conv_features": "recompute", "f_t": 1.0},
         {"conv_features": "recompute", "conv_site": "up_blocks.2.resnets.1"},
         {
             "conv_features": "recompute",
