@@ -46,8 +46,9 @@ def test_the_gpu_benchmark_runs_small_on_a_cpu(tmp_path):
     gpu.main(["--small", "--threads", "1", "--frames", "8", "--json", str(tmp_path / "gpu.json")])
     report = json.loads((tmp_path / "gpu.json").read_text("utf-8"))
     runs = {run["mode"]: run for run in report["clips"]["runs"]}
-    # 25 steps: target and negative, and a keyframe of eight frames, the source for twelve steps.
-    assert runs["default"]["edit_rows"] == 25 * (2 + 2 / 8) + 12 / 8
+    # 25 steps: target and negative, and a keyframe of eight frames, the source for twelve steps;
+    # frames keep their own attention in the last four.
+    assert runs["default"]["edit_rows"] == 25 * (2 + 2 / 8) + 12 / 8 + 4 * (1 + 1 / 8)
     assert runs["official"]["edit_rows"] == 50 * 3 * (1 + 1 / 8)
     assert runs["official"]["seconds_per_frame"] > runs["default"]["seconds_per_frame"]
     assert set(report["half_against_float32"]["flipped_correspondences"]) == {"64", "16", "4", "1"}
