@@ -244,9 +244,9 @@ class FieldPass(PropagationPass):
     ) -> Tensor:
         """Weighted sum of the candidates' edited tokens."""
         total_NLC = super().self_attention(site, attn, tokens_NLC, plain)
-        unsure_NL1 = (self.fields[site.index].similarity < (self.gate or -2)).unsqueeze(-1)
-        if not unsure_NL1.any():
+        if self.gate is None:
             return total_NLC
+        unsure_NL1 = (self.fields[site.index].similarity < self.gate).unsqueeze(-1)
         total_RNLC = total_NLC.unflatten(0, (self.branches, -1))
         attended_RNLC = self._attended(site, attn, tokens_NLC)
         total_RNLC[-2:] = torch.where(unsure_NL1, attended_RNLC, total_RNLC)[-2:]
@@ -285,12 +285,12 @@ class Variant:
 
 
 def keyframe_pass(
-    hooks: Hooks, now: Moment, kind: type[KeyframePass] = KeyframePass, branches: int | None = None
+    hooks: Hooks, now: Moment, kind: type[KeyframePass] = KeyframePass
 ) -> KeyframePass:
-    """The default mode's joint pass at this step, to be performed; `branches` if not its own."""
+    """The default mode's joint pass at this step, to be performed."""
     conv, qk = now.step < now.injection.conv_steps, now.step < now.injection.qk_steps
     return kind(
-        branches=branches or now.branches(keyframe_pass=True),
+        branches=now.branches(keyframe_pass=True),
         inject_qk=qk,
         inject_conv=conv,
         stored_conv_KChw=now.conv[list(now.keyframes)] if conv else None,
@@ -320,18 +320,18 @@ def joined(
     if guidance.focused(now.step):
         joint.focus = Focus(denoiser.unet, now.prompts.source, len(now.keyframes), hw)
     predict(denoiser, hooks, now, joint, x, list(now.keyframes))
-    where_K1hw = joint.focus.weight() if joint.focus else None
     near, conv, found = neighbours(now), now.step < now.injection.conv_steps, []
     shared: dict[str, Any] = {
         "branches": now.branches(keyframe_pass=False),
         "grids": [site.grid(hw) for site in hooks.sites],
         "inject_conv": conv,
+        "focus_K1hw": joint.focus.weight() if joint.focus else None,
+        "keep": guidance.keeps(now.step),
     }
     for frames in batches(now.frames, now.thresholds.segment_length):
         batch = list(frames)
         shared["stored_conv_NChw"] = now.conv[batch] if conv else None
         active = spread(batch, [near[f] for f in batch], **shared)
-        active.focus_K1hw, active.keep = where_K1hw, guidance.keeps(now.step)
         *_, negative, target = predict(denoiser, hooks, now, active, x, batch)
         found.append(guided(negative, target, guidance.scale, active.focus()))
     return torch.cat(found)

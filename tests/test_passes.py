@@ -333,8 +333,8 @@ def focused_passes(unet, focus_K1hw):
             rows = torch.cat([frames[drawn], edited[drawn], edited[drawn]])
             evaluate(unet, rows, text.repeat_interleave(3, dim=0))
         grids = [site.grid(hw) for site in hooks.sites]
-        spread = propagation_pass(joint, near, stored_index=index, grids=grids)
-        spread.focus_K1hw, spread.keep = focus_K1hw, focus_K1hw is not None
+        kept = {"focus_K1hw": focus_K1hw, "keep": focus_K1hw is not None}
+        spread = propagation_pass(joint, near, stored_index=index, grids=grids, **kept)
         with hooks.during(spread), Recorder(unet, *names) as got:
             rows = torch.cat([frames, edited, edited])
             noise = evaluate(unet, rows, text.repeat_interleave(5, dim=0))
@@ -381,3 +381,10 @@ def test_a_keyframe_keeps_what_the_joint_pass_gave_it_wherever_the_prompts_agree
     keyframes = [5 + 1, 5 + 3, 5 + 4]
     torch.testing.assert_close(focused[keyframes], plain[keyframes], atol=1e-4, rtol=1e-3)
     assert not torch.allclose(focused[5], plain[5], atol=1e-2)
+
+
+def test_nothing_is_kept_without_the_source_branch_or_the_focus():
+    near, focus = [Neighbours(0, 1, 0.5)], torch.ones(K, 1, 8, 8)
+    for branches, given in ((2, focus), (3, None)):
+        with pytest.raises(ValueError, match="needs the focus and the source branch"):
+            propagation_pass(keyframe_pass(branches=branches), near, focus_K1hw=given, keep=True)

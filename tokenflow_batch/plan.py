@@ -176,15 +176,13 @@ def _match(s: Settings, frames: int, cuts: Sequence[int], *, handed: bool) -> Co
 
 
 def _edit(s: Settings, frames: int, mode: Mode, cuts: Sequence[int]) -> Counter[UNetCall]:
-    injection, total = injection_of(s), Counter[UNetCall]()
+    injection, guidance, total = injection_of(s), guidance_of(s), Counter[UNetCall]()
     layout = layout_of(s, frames, cuts)
     for step in range(s.first_step, s.steps):
         drawn = draw_keyframes(s.keyframe_seed, step, layout.segments)
         conv, qk = step < injection.conv_steps, step < injection.qk_steps
-        guidance = guidance_of(s)
-        guided, focused, keeps = (
-            ask(step) for ask in (guidance.on, guidance.focused, guidance.keeps)
-        )
+        guided, focused = guidance.on(step), guidance.focused(step)
+        keeps = guidance.keeps(step)
         joint, spread = branches_at(s, step)
         for window in layout.windows:
             now = layout.moment(mode.neighbours, drawn, window)

@@ -109,8 +109,9 @@ def attend_alone(attn: Any, tokens_NLC: Tensor, backend: AttentionBackend) -> Te
         split_heads(project(tokens_NLC), attn.heads)
         for project in (attn.to_q, attn.to_k, attn.to_v)
     )
-    out: Tensor = attn.to_out[0](merge_heads(attend(q, k, v, attn.scale, backend)))
-    return out
+    joined_NLC = merge_heads(attend(q, k, v, attn.scale, backend))
+    out_NLC: Tensor = attn.to_out[1](attn.to_out[0](joined_NLC))
+    return out_NLC
 
 
 class Pass(Protocol):

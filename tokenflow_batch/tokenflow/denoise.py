@@ -229,8 +229,9 @@ def predict_window(
         for start in range(0, len(window.frames), settings.batch):
             part = slice(start, start + settings.batch)
             batch, near = window.frames[part], window.neighbours[part]
-            spread = _propagation_pass(settings, hooks, joint, inputs, batch, near, step)
-            spread.focus_K1hw, spread.keep = where_K1hw, settings.guidance.keeps(step)
+            spread = _propagation_pass(
+                settings, hooks, joint, inputs, batch, near, step, where_K1hw
+            )
             spread.pin(denoiser.device)
             others = [f for f in batch if f not in window.keyframes] if recompute else []
             source = inputs.source(others) if others else None
@@ -281,6 +282,7 @@ def _propagation_pass(
     batch: range,
     neighbours: Sequence[Neighbours],
     step: int,
+    where_K1hw: Tensor | None,
 ) -> PropagationPass:
     conv_on, hw = step < settings.injection.conv_steps, settings.latent_hw
     stored = settings.mode.stored_source
@@ -296,6 +298,8 @@ def _propagation_pass(
         matching=settings.matching,
         grids=[site.grid(hw) for site in hooks.sites] if stored else None,
         agreed=settings.mode.agreed,
+        focus_K1hw=where_K1hw,
+        keep=settings.guidance.keeps(step),
     )
 
 

@@ -56,8 +56,8 @@ class Injection:
 
 
 _OWN = 0.84
-"""Share of the steps from which on frames keep their own attention where the prompts agree: nearly
-all that it brings comes from the last steps, and each takes a row more of every frame."""
+"""Share of the steps from which on frames keep their own attention where the prompts agree: most of
+what it brings comes from the last steps, and each takes a row more of every frame."""
 
 
 @dataclass(frozen=True)

@@ -36,11 +36,6 @@ class PropagationPass:
     Where it is to `keep` what the prompts agree on, a frame's own source self-attention stands
     there in place of what came for it from the keyframes' source branch: of theirs, only what the
     edit has changed gets there.
-
-    Attributes:
-        focus_K1hw: at the keyframes, how far the prompts differ, 0 to 1; None where that is not
-            asked.
-        keep: whether to keep what they agree on. Needs `focus_K1hw`, and the source branch.
     """
 
     def __init__(
@@ -55,6 +50,8 @@ class PropagationPass:
         matching: Backend,
         grids: Sequence[Grid] | None = None,
         agreed: bool = True,
+        focus_K1hw: Tensor | None = None,
+        keep: bool = False,
     ) -> None:
         """Set up a pass.
 
@@ -70,11 +67,18 @@ class PropagationPass:
                 published code does.
             agreed: with grids, take tokens from where the motion leads that those around agree on,
                 not each from its own correspondence.
+            focus_K1hw: at the keyframes, how far the prompts differ, 0 to 1; None where that is not
+                asked.
+            keep: whether to keep what they agree on.
+
+        Raises:
+            ValueError: it is to keep something without `focus_K1hw` or the source branch.
         """
+        if keep and (focus_K1hw is None or branches == keyframe_pass.edited):
+            raise ValueError("keeping what prompts agree on needs the focus and the source branch")
         self.keyframe_pass, self.neighbours, self.branches = keyframe_pass, neighbours, branches
         self.grids, self.agreed = grids, agreed
-        self.focus_K1hw: Tensor | None = None
-        self.keep = False
+        self.focus_K1hw, self.keep = focus_K1hw, keep
         self.inject_conv, self.stored_conv_NChw = inject_conv, stored_conv_NChw
         self.stored_index, self.matching = stored_index, matching
         self._candidates: dict[Grid, tuple[Tensor, Tensor]] = {}
