@@ -117,6 +117,7 @@ def edit(vectors: Vectors, denoiser: Denoiser) -> Tensor:
     settings = EditSettings(
         guidance=Guidance(float(meta["cfgscale"])),
         injection=Injection.pnp(steps, meta["attn_t"], meta["f_t"]) if pnp else Injection(),
+        steps=steps,
         batch=length,
         latent_hw=(tensors["x_T"].shape[2], tensors["x_T"].shape[3]),
         mode=PUBLISHED,

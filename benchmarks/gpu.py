@@ -190,7 +190,10 @@ class Bench:
         focus = Settings().guidance_focus if mode == "default" else 1.0
         guidance = Guidance.within(7.5, STEPS[mode], (0.0, 1.0), focus)
         _, *hw = self.shape.latent
-        return EditSettings(guidance, injection, BATCH, (hw[0], hw[1]), MODES[mode], self.matching)
+        size = (hw[0], hw[1])
+        return EditSettings(
+            guidance, injection, STEPS[mode], BATCH, size, MODES[mode], self.matching
+        )
 
     def step(self, mode: str, frames: int, step: int) -> list[Tensor]:
         """Noise of all windows of a clip at one step."""

@@ -259,6 +259,7 @@ class TokenFlow:
         settings = EditSettings(
             guidance=now.guidance(self.interval),
             injection=now.injection,
+            steps=now.steps,
             batch=now.thresholds.segment_length,
             latent_hw=(x.shape[2], x.shape[3]),
             mode=self.mode,

@@ -9,7 +9,6 @@ R branches, N frames in a batch, H heads, D channels per head, C channels.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -24,8 +23,8 @@ from tokenflow_batch.tokenflow.denoise import Denoiser
 from tokenflow_batch.tokenflow.focus import Focus, guided
 from tokenflow_batch.tokenflow.injection import Site
 from tokenflow_batch.tokenflow.keyframes import Neighbours, segments
-from tokenflow_batch.tokenflow.modes import DEFAULT
-from tokenflow_batch.tokenflow.motion import agreed_motion, between_tokens
+from tokenflow_batch.tokenflow.modes import DEFAULT, Following
+from tokenflow_batch.tokenflow.motion import agreed_motion, between_tokens, voted
 from tokenflow_batch.tokenflow.passes import KeyframePass
 from tokenflow_batch.tokenflow.propagation import PropagationPass, near_k
 from tokenflow_batch.tokenflow.windows import batches
@@ -68,8 +67,8 @@ class Building:
             one side fails it and the other does not, the other counts alone.
         radius: of the search, as a share of the grid's side; None searches everywhere.
         shared: one field per resolution, from the mean similarity of its sites.
-        agreed: tokens come from where the motion leads that those around agree on.
-        vote: in place of that, each is the mean of what its 3 × 3 neighbours' matches say.
+        following: by whose correspondences tokens are put together; None as the default mode does
+            at the step.
     """
 
     candidates: int = 1
@@ -77,22 +76,37 @@ class Building:
     reach: int | None = None
     radius: float | None = None
     shared: bool = True
-    agreed: bool = True
-    vote: bool = False
+    following: Following | None = None
 
     def fields(self, now: Moment) -> list[Field]:
         """One per site, in order."""
+        following = self.following or DEFAULT.following_at(now.step, now.steps)
         if not self.shared:
             found = [self._field(now, [tokens]) for tokens in now.tokens]
-            return self._smoothed(found) if self.agreed else found
+            return self._followed(found, following)
         groups: dict[int, list[Tensor]] = {}
         for tokens in now.tokens:
             groups.setdefault(tokens.shape[1], []).append(tokens)
         fields = [self._field(now, group) for group in groups.values()]
-        if self.agreed:
-            fields = self._smoothed(fields)
+        fields = self._followed(fields, following)
         made = dict(zip(groups, fields, strict=True))
         return [made[tokens.shape[1]] for tokens in now.tokens]
+
+    def _followed(self, fields: list[Field], following: Following) -> list[Field]:
+        """Put together by whom it says."""
+        match following:
+            case "own":
+                return fields
+            case "agreed":
+                return self._smoothed(fields)
+            case "voted":
+                return [self._voted(field) for field in fields]
+
+    def _voted(self, field: Field) -> Field:
+        """By the votes of the 3 × 3 around."""
+        side = round(field.index.shape[2] ** 0.5)
+        index, inner = voted(field.index[..., 0], (side, side))
+        return Field(index, inner * field.weight.sum(dim=3, keepdim=True), field.similarity)
 
     def _smoothed(self, fields: Sequence[Field]) -> list[Field]:
         """By the motion that neighbours agree on, from coarse grids to fine."""
@@ -126,9 +140,6 @@ class Building:
                 best[f] = torch.maximum(best[f], similarity)
         if self.reach is not None:
             weight = _trust(weight, sound)
-        if self.vote:
-            index, voted = vote(index[..., 0], int(width))
-            weight = voted * weight
         return Field(index, weight, best)
 
     def _one(
@@ -151,41 +162,6 @@ class Building:
         back = cosine_LM.argmax(dim=0)[index[:, 0]]
         sound = _grid_distance(back, own, width) <= (self.reach or 0)
         return index, weight, sound, cosine[:, 0]
-
-
-def vote(index_N2L: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """Let each token's neighbours say where it comes from, too.
-
-    If the token at p + δ corresponds to q, then p should correspond to q − δ. A token is put
-    together from what the 3 × 3 tokens around it say, weighted 1-2-1 both ways; proposals off the
-    grid don't count. Neighbouring tokens then come from neighbouring places, which a search for
-    each token alone does not see to.
-
-    Args:
-        index_N2L: γ of N frames into two keyframes, int64.
-        width: tokens in a row of the grid.
-
-    Returns:
-        (N, 2, L, 9) int64 candidates and their float32 weights, which sum to 1.
-    """
-    rows = index_N2L.shape[-1] // width
-    row, column = torch.meshgrid(
-        torch.arange(rows, device=index_N2L.device),
-        torch.arange(width, device=index_N2L.device),
-        indexing="ij",
-    )
-    candidates, weights = [], []
-    for dy, dx in itertools.product((-1, 0, 1), repeat=2):
-        y, x = row + dy, column + dx
-        here = (y >= 0) & (y < rows) & (x >= 0) & (x < width)
-        beside = (y.clamp(0, rows - 1) * width + x.clamp(0, width - 1)).flatten()
-        match = index_N2L[..., beside]
-        to_y, to_x = match // width - dy, match % width - dx
-        good = here.flatten() & (to_y >= 0) & (to_y < rows) & (to_x >= 0) & (to_x < width)
-        candidates.append(torch.where(good, to_y * width + to_x, 0))
-        weights.append(good * float((2 - abs(dy)) * (2 - abs(dx))))
-    weight_N2LV = torch.stack(weights, dim=-1)
-    return torch.stack(candidates, dim=-1), weight_N2LV / weight_N2LV.sum(dim=-1, keepdim=True)
 
 
 def _trust(weight_F2Lk: Tensor, sound_F2L: Tensor) -> Tensor:
@@ -344,14 +320,15 @@ def middle_keyframes(now: Moment) -> list[int]:
 
 
 OPTIONS: Final[Mapping[str, Method]] = {
-    "own matches": TokenFlow(replace(DEFAULT, agreed=False)),
-    "votes": Variant(Building(agreed=False, vote=True)),
+    "own matches": TokenFlow(replace(DEFAULT, following="own", following_late="own")),
+    "agreed motion": TokenFlow(replace(DEFAULT, following_late="agreed")),
+    "votes": TokenFlow(replace(DEFAULT, following="voted")),
     "guidance to 0.8": TokenFlow(interval=(0.0, 0.8)),
     "fixed keyframes": TokenFlow(keyframes=middle_keyframes),
     "forward-backward": Variant(Building(reach=1)),
     "gate 0.6": Variant(gate=0.6),
     "gate 0.8": Variant(gate=0.8),
-    "soft top-4": Variant(Building(candidates=4, agreed=False)),
+    "soft top-4": Variant(Building(candidates=4, following="own")),
     "local search": Variant(Building(radius=0.25)),
     "field per site": Variant(Building(shared=False)),
 }

@@ -116,6 +116,7 @@ class Windows:
         settings = EditSettings(
             guidance=now.guidance(),
             injection=now.injection,
+            steps=now.steps,
             batch=LENGTH,
             latent_hw=(x.shape[2], x.shape[3]),
         )

@@ -24,7 +24,9 @@ class Reference:
     official: as the published code: correspondences found on the way, neighbours b and b−1, weights
         by segment centres through a sigmoid, source rows in every batch. Otherwise: features of a
         pass over the source and shared by sites of one resolution, both true neighbours, linear
-        weights, tokens from where the motion leads that those around agree on.
+        weights, tokens from where the motion leads that those around agree on, in the later half of
+        the steps from where the 3 × 3 around say; what a mix of tokens loses of its distance from
+        the mean token is given back.
     guided: the steps with guidance; the others take the target's prediction.
     """
 
@@ -46,6 +48,7 @@ class Reference:
     source_conv: torch.Tensor | None = None
     size: tuple = ()
     motions: dict = field(default_factory=dict)
+    late: bool = False
 
     def edit(self, timesteps, alphas, final_alpha, x, source, embeds, keyframes):
         """Latents after each step, (T, F, C, h, w); `source` is (T, F, C, h, w)."""
@@ -59,6 +62,7 @@ class Reference:
         after = []
         try:
             for self.step, t in enumerate(timesteps):
+                self.late = self.step >= len(timesteps) // 2
                 self.keyframes = [int(k) for k in keyframes[self.step]]
                 noise = self._window(x, source[self.step], t, alphas[self.step], embeds)
                 a = alphas[self.step]
@@ -143,15 +147,21 @@ class Reference:
         rows = [[], [], []]
         for position, frame in enumerate(self.frames):
             for branch in range(3):
-                blend = 0
+                blend, mean, distance = 0, 0, 0
                 for k, weight in self._neighbours(frame):
                     edited = self.keyframe_outputs[name][branch][k]
                     if self.official:
                         here, there = branches[0][position], self.keyframe_tokens[name][k]
                         gathered = edited[_nearest(here, there)]
                     else:
-                        gathered = self._moved(frame, k, len(edited)) @ edited
+                        moved, middle = self._moved(frame, k, len(edited)), edited.mean(dim=0)
+                        gathered = moved @ edited
+                        mean = mean + weight * middle
+                        distance = distance + weight * (moved @ (edited - middle).norm(dim=1))
                     blend = blend + weight * gathered
+                if not self.official:
+                    restored = distance / (blend - mean).norm(dim=1).clamp(min=1e-12)
+                    blend = mean + restored.clamp(1, 1.5).unsqueeze(1) * (blend - mean)
                 rows[branch].append(blend)
         return torch.stack([x for branch in rows for x in branch])
 
@@ -173,7 +183,11 @@ class Reference:
                     index = torch.arange(rows * width)
                 start = None if motion is None else enlarged(motion, before, (rows, width))
                 motion, before = agreed(index.tolist(), rows, width, start), (rows, width)
-                found[rows * width] = bilinear(motion, rows, width)
+                found[rows * width] = (
+                    votes(index.tolist(), rows, width)
+                    if self.late
+                    else bilinear(motion, rows, width)
+                )
             self.motions[frame, k] = found
         return self.motions[frame, k][length]
 
@@ -294,3 +308,18 @@ def _nearest(here, there):
     here = here / here.norm(dim=-1, keepdim=True)
     there = there / there.norm(dim=-1, keepdim=True)
     return (here @ there.T).argmax(dim=1)
+
+
+def votes(index, rows, width):
+    """Row p: the weights that the 3 × 3 tokens around p give to the keyframe's tokens."""
+    weights = torch.zeros(len(index), len(index), dtype=torch.float64)
+    for p in range(len(index)):
+        for dy in (-1, 0, 1):
+            for dx in (-1, 0, 1):
+                y, x = p // width + dy, p % width + dx
+                if not (0 <= y < rows and 0 <= x < width):
+                    continue
+                to_y, to_x = index[y * width + x] // width - dy, index[y * width + x] % width - dx
+                if 0 <= to_y < rows and 0 <= to_x < width:
+                    weights[p, to_y * width + to_x] += 2.0 ** -(abs(dy) + abs(dx))
+    return weights / weights.sum(dim=1, keepdim=True)

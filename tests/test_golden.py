@@ -157,7 +157,7 @@ def test_an_edit_is_what_a_plain_reference_makes_of_it(name):
     injection = Injection() if attn_t is None else Injection.pnp(steps, attn_t, f_t)
     again = "features again" in name
     settings = EditSettings(
-        Guidance(3.0, *guided), injection, length, size, MODES[mode], recompute_conv=again
+        Guidance(3.0, *guided), injection, steps, length, size, MODES[mode], recompute_conv=again
     )
     got = ours(unet, kind, schedule, settings, (x, source, embeds, keyframes))
     copied = (injection.qk_steps, injection.conv_steps)

@@ -40,9 +40,9 @@ LITERAL = {
     "encode": "79ca856a10d75d7cd4dd26fc",
     "invert": "57b8226633bc75b49cbaa6c0",
     "match": "72fa86ffbf5f3ea6417af307",
-    "edit": "213a1c4e55a985b80ea1cc19",
-    "render": "109ea5ff767234be89f4c71f",
-    "report": "f3ac25ca8ad467f2675ec6f8",
+    "edit": "cd40ea0c285d44ea4bef6428",
+    "render": "3c51fba97d6303733938d5ee",
+    "report": "d5b897fcc484e1b9a190efc9",
 }
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from reference_tokenflow import agreed, bilinear, enlarged
 
 from tokenflow_batch.demo.scenes import Clip
-from tokenflow_batch.tokenflow.motion import agreed_motion, between_tokens
+from tokenflow_batch.tokenflow.motion import agreed_motion, between_tokens, voted
 
 
 def matches(seed, frames, grid, wrong=1.0, shift=(0, 0)):
@@ -125,3 +125,41 @@ def test_it_is_nearer_to_the_exact_flow_than_the_matches_are():
     matched = np.stack([index // 16 - own // 16, index % 16 - own % 16], axis=1)
     errors = [np.linalg.norm(m - flow[:, ::-1], axis=1)[seen].mean() for m in (matched, motion)]
     assert errors[1] < errors[0] / 2
+
+
+def numbered(rows, width):
+    return np.arange(rows * width).reshape(rows, width)
+
+
+@pytest.mark.parametrize(("rows", "width"), [(1, 1), (1, 5), (4, 1), (3, 3), (5, 8)])
+def test_votes_of_a_smooth_field_are_unanimous(rows, width):
+    places = numbered(rows, width)
+    identity = torch.from_numpy(places.reshape(1, 1, -1).repeat(2, 1).copy())
+    index, weight = voted(identity, (rows, width))
+    assert index.shape == weight.shape == (1, 2, rows * width, 9)
+    torch.testing.assert_close(weight.sum(-1), torch.ones(1, 2, rows * width))
+    chosen = torch.where(weight > 0, index, identity.unsqueeze(-1))
+    assert torch.equal(chosen, identity.unsqueeze(-1).expand_as(index))
+
+
+def test_a_token_alone_with_its_match_is_outvoted():
+    places = numbered(5, 5)
+    field = places.copy()
+    field[2, 2] = 0  # should be 12
+    index, weight = voted(torch.from_numpy(np.stack([field.ravel()] * 2)[None]), (5, 5))
+    share = weight[0, 0, 12][index[0, 0, 12] == 12].sum()
+    assert share == pytest.approx(12 / 16)
+    # Its wrong match proposes places near 0 to its neighbours; off the grid they don't count.
+    assert weight[0, 0, 7].sum() == pytest.approx(1)
+
+
+@given(st.integers(1, 6), st.integers(1, 6), st.integers(0, 2**31))
+def test_votes_stay_on_the_grid_and_keep_the_own_match(rows, width, seed):
+    count = rows * width
+    field = np.random.default_rng(seed).integers(0, count, (3, 2, count))
+    index, weight = voted(torch.from_numpy(field), (rows, width))
+    assert index.min() >= 0
+    assert index.max() < count
+    torch.testing.assert_close(weight.sum(-1), torch.ones(3, 2, count))
+    own = (index == torch.from_numpy(field).unsqueeze(-1)) * weight
+    assert (own.sum(-1) >= 4 / 16 - 1e-6).all()

@@ -6,8 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from tokenflow_batch.demo.scenes import Clip, recoloured
 from tokenflow_batch.model_files import locate
@@ -58,11 +56,11 @@ def test_every_option_changes_something_and_keeps_every_frame(model):
     "options_",
     [
         {},
-        {"candidates": 3, "agreed": False},
+        {"candidates": 3, "following": "own"},
         {"reach": 0},
         {"radius": 0.3},
-        {"agreed": False},
-        {"agreed": False, "vote": True},
+        {"following": "own"},
+        {"following": "voted"},
     ],
 )
 def test_weights_of_a_field_sum_to_one(options_):
@@ -171,41 +169,3 @@ def test_options_are_measured_on_the_first_scenes_alone():
     assert (table["gate"]["warp_all"], table["gate"]["scenes"]) == (0.5, 1)
     assert "soft" not in table
     assert tables.ratio(scenes, "warp_all", "gate", "default")["ratio"] == 0.5
-
-
-def grid(rows, width):
-    return np.arange(rows * width).reshape(rows, width)
-
-
-@pytest.mark.parametrize(("rows", "width"), [(1, 1), (1, 5), (4, 1), (3, 3), (5, 8)])
-def test_votes_of_a_smooth_field_are_unanimous(rows, width):
-    places = grid(rows, width)
-    identity = torch.from_numpy(places.reshape(1, 1, -1).repeat(2, 1).copy())
-    index, weight = options.vote(identity, width)
-    assert index.shape == weight.shape == (1, 2, rows * width, 9)
-    torch.testing.assert_close(weight.sum(-1), torch.ones(1, 2, rows * width))
-    chosen = torch.where(weight > 0, index, identity.unsqueeze(-1))
-    assert torch.equal(chosen, identity.unsqueeze(-1).expand_as(index))
-
-
-def test_a_token_alone_with_its_match_is_outvoted():
-    places = grid(5, 5)
-    field = places.copy()
-    field[2, 2] = 0  # should be 12
-    index, weight = options.vote(torch.from_numpy(np.stack([field.ravel()] * 2)[None]), 5)
-    share = weight[0, 0, 12][index[0, 0, 12] == 12].sum()
-    assert share == pytest.approx(12 / 16)
-    # Its wrong match proposes places near 0 to its neighbours; off the grid they don't count.
-    assert weight[0, 0, 7].sum() == pytest.approx(1)
-
-
-@given(st.integers(1, 6), st.integers(1, 6), st.integers(0, 2**31))
-def test_votes_stay_on_the_grid_and_keep_the_own_match(rows, width, seed):
-    count = rows * width
-    field = np.random.default_rng(seed).integers(0, count, (3, 2, count))
-    index, weight = options.vote(torch.from_numpy(field), width)
-    assert index.min() >= 0
-    assert index.max() < count
-    torch.testing.assert_close(weight.sum(-1), torch.ones(3, 2, count))
-    own = (index == torch.from_numpy(field).unsqueeze(-1)) * weight
-    assert (own.sum(-1) >= 4 / 16 - 1e-6).all()

@@ -119,6 +119,7 @@ def _edit_settings(context: StageContext, latent_hw: tuple[int, int]) -> EditSet
     return EditSettings(
         guidance=guidance_of(s),
         injection=injection_of(s),
+        steps=s.steps,
         batch=s.segment_length,
         latent_hw=latent_hw,
         mode=MODES[s.mode],

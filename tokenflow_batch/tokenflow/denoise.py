@@ -151,6 +151,7 @@ class EditSettings:
     Attributes:
         guidance: its scale and steps.
         injection: Plug-and-Play thresholds in steps; zeros for SDEdit.
+        steps: T, of the whole schedule.
         batch: ordinary frames per UNet call.
         mode: default or published.
         matching: correspondence backend, where they are found on the way.
@@ -161,6 +162,7 @@ class EditSettings:
 
     guidance: Guidance
     injection: Injection
+    steps: int
     batch: int
     latent_hw: tuple[int, int]
     mode: Mode = DEFAULT
@@ -297,7 +299,7 @@ def _propagation_pass(
         stored_index=inputs.correspondences(batch) if stored else None,
         matching=settings.matching,
         grids=[site.grid(hw) for site in hooks.sites] if stored else None,
-        agreed=settings.mode.agreed,
+        following=settings.mode.following_at(step, settings.steps),
         focus_K1hw=where_K1hw,
         keep=settings.guidance.keeps(step),
     )

@@ -31,6 +31,9 @@ there is all of it. (DiffEdit, Couairon et al., ICLR 2023, cuts its differences 
 _SMOOTHED = 2
 """How often the differences are averaged over 3 × 3 latent pixels."""
 
+_BORDER = 1
+"""Latent pixels by which the places that count are widened: an object's outline lies within one."""
+
 _LEAST = 1e-6
 """Of a frame's mean difference; keeps the logarithm finite."""
 
@@ -106,7 +109,8 @@ class Focus:
             around = functional.pad(change_N1hw, (1, 1, 1, 1), mode="replicate")
             change_N1hw = functional.avg_pool2d(around, 3, stride=1)
         largest_N111 = change_N1hw.amax(dim=(2, 3), keepdim=True)
-        return ((change_N1hw / largest_N111 - NOT_HERE) / (HERE - NOT_HERE)).clamp(0, 1)
+        here_N1hw = ((change_N1hw / largest_N111 - NOT_HERE) / (HERE - NOT_HERE)).clamp(0, 1)
+        return functional.max_pool2d(here_N1hw, 2 * _BORDER + 1, stride=1, padding=_BORDER)
 
 
 def guided(negative: Tensor, target: Tensor, scale: float, where: Tensor | None = None) -> Tensor:

@@ -6,12 +6,20 @@ Plain Python, so that planning can count UNet rows without importing torch.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from tokenflow_batch.tokenflow.keyframes import (
     NeighbourRule,
     published_neighbours,
     true_neighbours,
 )
+
+Following = Literal["own", "agreed", "voted"]
+"""Whose correspondences say which tokens of a keyframe one is made of (`motion`): its own; all of
+those around together, as the motion that they agree on; the 3 × 3 around, each for itself."""
+
+_VOTED = 0.5
+"""Share of the steps from which on the default mode goes by votes."""
 
 
 @dataclass(frozen=True)
@@ -23,17 +31,32 @@ class Mode:
         stored_source: correspondences and convolution features of the source come from an earlier
             source pass. Otherwise the source branch goes through both passes and everything is
             found on the way, where deeper blocks see propagated instead of true source features.
-        agreed: tokens come from where the motion leads that those around agree on (`motion`), not
-            each from its own correspondence.
+        following: by what tokens are put together at the first steps.
+        following_late: and from half of the steps on.
     """
 
     neighbours: NeighbourRule
     stored_source: bool
-    agreed: bool
+    following: Following
+    following_late: Following
+
+    def following_at(self, step: int, steps: int) -> Following:
+        """By what tokens are put together at one of so many steps, 0 the noisiest."""
+        return self.following if step < int(steps * _VOTED) else self.following_late
 
 
-DEFAULT = Mode(true_neighbours, stored_source=True, agreed=True)
-PUBLISHED = Mode(published_neighbours, stored_source=False, agreed=False)
+DEFAULT = Mode(
+    true_neighbours,
+    stored_source=True,
+    following="agreed",
+    following_late="voted",
+)
+PUBLISHED = Mode(
+    published_neighbours,
+    stored_source=False,
+    following="own",
+    following_late="own",
+)
 MODES = {"default": DEFAULT, "official": PUBLISHED}
 
 

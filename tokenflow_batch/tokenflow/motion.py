@@ -5,7 +5,11 @@ the one that the token went to. What it says of most tokens around is right, tho
 motion is the mean shift mode (Comaniciu and Meer, PAMI 2002) of its neighbours' motions, sought
 from the coarser grid's on: the coarse grids know roughly, the fine ones precisely.
 
-It follows from the stored correspondences, so nothing more is kept.
+It is as steady as the exact flow, and like it carries a keyframe's faults along whole. So it is for
+the first steps, which settle what is where; later ones add up what the 3 × 3 around say each for
+itself (`voted`), which averages faults out and keeps detail.
+
+Both follow from the stored correspondences, so nothing more is kept.
 
 Shape suffixes: N frames in a batch, 2 their sides, M = 2·N, L tokens of a grid, h w its rows and
 columns, V candidates, Z the parts of a motion: down, to the right, in tokens of the grid.
@@ -93,6 +97,36 @@ def between_tokens(motion_MZhw: Tensor) -> tuple[Tensor, Tensor]:
     weight_MhwV = torch.stack([weight for *_, weight in corners], dim=-1)
     index, weight = (x.flatten(1, 2).unflatten(0, (-1, 2)) for x in (index_MhwV, weight_MhwV))
     return index, weight
+
+
+def voted(index_N2L: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """The tokens that the 3 × 3 around say, and how much each counts: 1-2-1 both ways.
+
+    If the token at p + δ corresponds to q, then p should correspond to q − δ. What leads off the
+    grid doesn't count.
+
+    Args:
+        index_N2L: γ of N frames into two keyframes, int64.
+        grid: of the tokens.
+
+    Returns:
+        (N, 2, L, 9) int64 and float32, which sums to 1 over the nine.
+    """
+    rows, columns = grid
+    y_h1, x_w = _places(grid, index_N2L.device)
+    candidates, weights = [], []
+    for dy, dx in itertools.product((-1, 0, 1), repeat=2):
+        y, x = y_h1 + dy, x_w + dx
+        present_hw = (y >= 0) & (y < rows) & (x >= 0) & (x < columns)
+        beside_L = (y.clamp(0, rows - 1) * columns + x.clamp(0, columns - 1)).flatten()
+        match_N2L = index_N2L[..., beside_L]
+        to_y, to_x = match_N2L // columns - dy, match_N2L % columns - dx
+        inside = (to_y >= 0) & (to_y < rows) & (to_x >= 0) & (to_x < columns)
+        counts_N2L = present_hw.flatten() & inside
+        candidates.append(torch.where(counts_N2L, to_y * columns + to_x, 0))
+        weights.append(counts_N2L * float((2 - abs(dy)) * (2 - abs(dx))))
+    weight_N2LV = torch.stack(weights, dim=-1)
+    return torch.stack(candidates, dim=-1), weight_N2LV / weight_N2LV.sum(dim=-1, keepdim=True)
 
 
 def _places(grid: Grid, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,8 @@ from tokenflow_batch.tokenflow.attention import attend_alone
 from tokenflow_batch.tokenflow.correspondence import Backend, match_frames
 from tokenflow_batch.tokenflow.injection import Site
 from tokenflow_batch.tokenflow.keyframes import Neighbours
-from tokenflow_batch.tokenflow.motion import Grid, agreed_motion, between_tokens
+from tokenflow_batch.tokenflow.modes import Following
+from tokenflow_batch.tokenflow.motion import Grid, agreed_motion, between_tokens, voted
 from tokenflow_batch.tokenflow.passes import KeyframePass, inject_conv
 
 Shares = Sequence[tuple[float, float]]
@@ -49,7 +50,7 @@ class PropagationPass:
         stored_index: Sequence[Tensor] | None,
         matching: Backend,
         grids: Sequence[Grid] | None = None,
-        agreed: bool = True,
+        following: Following = "agreed",
         focus_K1hw: Tensor | None = None,
         keep: bool = False,
     ) -> None:
@@ -65,8 +66,7 @@ class PropagationPass:
             matching: backend for finding them.
             grids: per site, where correspondences are given; None gathers and blends as the
                 published code does.
-            agreed: with grids, take tokens from where the motion leads that those around agree on,
-                not each from its own correspondence.
+            following: with grids, by whose correspondences tokens are put together.
             focus_K1hw: at the keyframes, how far the prompts differ, 0 to 1; None where that is not
                 asked.
             keep: whether to keep what they agree on.
@@ -77,7 +77,7 @@ class PropagationPass:
         if keep and (focus_K1hw is None or branches == keyframe_pass.edited):
             raise ValueError("keeping what prompts agree on needs the focus and the source branch")
         self.keyframe_pass, self.neighbours, self.branches = keyframe_pass, neighbours, branches
-        self.grids, self.agreed = grids, agreed
+        self.grids, self.following = grids, following
         self.focus_K1hw, self.keep = focus_K1hw, keep
         self.inject_conv, self.stored_conv_NChw = inject_conv, stored_conv_NChw
         self.stored_index, self.matching = stored_index, matching
@@ -138,7 +138,8 @@ class PropagationPass:
             )
             return functools.reduce(torch.add, sides)
         bags_NLV, weights_NLV = self.weighted(site.index, share_N2)
-        return torch.stack([_summed(out_KLC, bags_NLV, weights_NLV) for out_KLC in out_RKLC])
+        counts = tuple((self._keyframes(s), share_N2[:, s].view(-1, 1, 1)) for s in (0, 1))
+        return torch.stack([_mixed(out_KLC, bags_NLV, weights_NLV, counts) for out_KLC in out_RKLC])
 
     def weighted(self, site: int, share_N2: Tensor) -> tuple[Tensor, Tensor]:
         """The tokens that add up to one, in the keyframes' row of tokens, and how much of each.
@@ -165,12 +166,15 @@ class PropagationPass:
         motion = None
         for grid in sorted(set(grids)):
             given_N2L = self.stored_index[grids.index(grid)].to(device, non_blocking=True)
-            if self.agreed:
-                motion = agreed_motion(given_N2L, grid, motion)
-                index_N2LV, inner_N2LV = between_tokens(motion)
-            else:
-                index_N2LV = given_N2L.unsqueeze(-1)
-                inner_N2LV = torch.ones_like(index_N2LV, dtype=torch.float32)
+            match self.following:
+                case "agreed":
+                    motion = agreed_motion(given_N2L, grid, motion)
+                    index_N2LV, inner_N2LV = between_tokens(motion)
+                case "voted":
+                    index_N2LV, inner_N2LV = voted(given_N2L, grid)
+                case "own":
+                    index_N2LV = given_N2L.unsqueeze(-1)
+                    inner_N2LV = torch.ones_like(index_N2LV, dtype=torch.float32)
             bags_N2LV = index_N2LV + sides_2N.T.unflatten(1, (2, 1, 1)) * given_N2L.shape[-1]
             bags, inner = (x.transpose(1, 2).flatten(2) for x in (bags_N2LV, inner_N2LV))
             self._candidates[grid] = bags, inner
@@ -251,6 +255,43 @@ def propagate(out_RKLC: Tensor, index_NL: Tensor, keyframe: Sequence[int]) -> Te
     offset_N1 = torch.tensor(keyframe, device=out_RKLC.device).view(-1, 1) * tokens
     flat = (index_NL.to(out_RKLC.device) + offset_N1).flatten()
     return out_RKLC.flatten(1, 2)[:, flat].unflatten(1, index_NL.shape)
+
+
+_MOST = 1.5
+"""As much as a mix of tokens is restored at most: what cancels out nearly has no direction left."""
+
+
+def _mixed(
+    x_KLC: Tensor,
+    bags_NLV: Tensor,
+    weights_NLV: Tensor,
+    sides: Sequence[tuple[Sequence[int], Tensor]],
+) -> Tensor:
+    """Each token's candidates, weighted and added up, without loss of contrast, (N, L, C).
+
+    A sum of tokens that differ lies nearer to the mean of all than they do, which blurs. It is
+    taken away from the mean again, to the distance that they have in the weighted mean, as
+    spherical interpolation keeps the length of what it interpolates.
+
+    Args:
+        x_KLC: tokens of the keyframes.
+        bags_NLV: the candidates, in their row of tokens.
+        weights_NLV: how much each counts.
+        sides: the keyframe of every frame and how much it counts, (N, 1, 1).
+    """
+    mean_K1C = x_KLC.mean(dim=1, keepdim=True)
+    distance_KL1 = _length(x_KLC - mean_K1C)
+    mean_N1C = functools.reduce(torch.add, (mean_K1C[k] * w.to(x_KLC) for k, w in sides))
+    apart_NLC = _summed(x_KLC, bags_NLV, weights_NLV) - mean_N1C
+    wanted_NL1 = _summed(distance_KL1, bags_NLV, weights_NLV)
+    restored_NL1 = wanted_NL1 / _length(apart_NLC).clamp(min=torch.finfo(torch.float32).tiny)
+    return mean_N1C + apart_NLC * restored_NL1.clamp(1, _MOST).to(x_KLC)
+
+
+def _length(x: Tensor) -> Tensor:
+    """Of the last dimension's vectors, (…, 1), at least float32."""
+    precise = torch.promote_types(x.dtype, torch.float32)
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=precise)
 
 
 def _summed(x_KLC: Tensor, bags_NLV: Tensor, weights_NLV: Tensor) -> Tensor:
