@@ -1,8 +1,8 @@
 """The propagation pass: ordinary frames get the keyframes' edited tokens.
 
 Shape suffixes: R branches in a batch, N frames in a batch, K keyframes, L tokens, V candidates of a
-token, C channels, h w feature map or latent size. A batch holds its branches one after the other,
-(R·N) rows, in the order source, negative, target.
+token, C channels, X those of all branches, h w feature map or latent size. A batch holds its
+branches one after the other, (R·N) rows, in the order source, negative, target.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ class PropagationPass:
             return functools.reduce(torch.add, sides)
         bags_NLV, weights_NLV = self.weighted(site.index, share_N2)
         counts = tuple((self._keyframes(s), share_N2[:, s].view(-1, 1, 1)) for s in (0, 1))
-        return torch.stack([_mixed(out_KLC, bags_NLV, weights_NLV, counts) for out_KLC in out_RKLC])
+        return _mixed(out_RKLC, bags_NLV, weights_NLV, counts)
 
     def weighted(self, site: int, share_N2: Tensor) -> tuple[Tensor, Tensor]:
         """The tokens that add up to one, in the keyframes' row of tokens, and how much of each.
@@ -262,30 +262,35 @@ _MOST = 1.5
 
 
 def _mixed(
-    x_KLC: Tensor,
+    x_RKLC: Tensor,
     bags_NLV: Tensor,
     weights_NLV: Tensor,
     sides: Sequence[tuple[Sequence[int], Tensor]],
 ) -> Tensor:
-    """Each token's candidates, weighted and added up, without loss of contrast, (N, L, C).
+    """Each token's candidates, weighted and added up, without loss of contrast, (R, N, L, C).
 
     A sum of tokens that differ lies nearer to the mean of all than they do, which blurs. It is
     taken away from the mean again, to the distance that they have in the weighted mean, as
     spherical interpolation keeps the length of what it interpolates.
 
     Args:
-        x_KLC: tokens of the keyframes.
+        x_RKLC: tokens of the keyframes.
         bags_NLV: the candidates, in their row of tokens.
         weights_NLV: how much each counts.
         sides: the keyframe of every frame and how much it counts, (N, 1, 1).
     """
-    mean_K1C = x_KLC.mean(dim=1, keepdim=True)
-    distance_KL1 = _length(x_KLC - mean_K1C)
-    mean_N1C = functools.reduce(torch.add, (mean_K1C[k] * w.to(x_KLC) for k, w in sides))
-    apart_NLC = _summed(x_KLC, bags_NLV, weights_NLV) - mean_N1C
-    wanted_NL1 = _summed(distance_KL1, bags_NLV, weights_NLV)
-    restored_NL1 = wanted_NL1 / _length(apart_NLC).clamp(min=torch.finfo(torch.float32).tiny)
-    return mean_N1C + apart_NLC * restored_NL1.clamp(1, _MOST).to(x_KLC)
+    # The branches' channels beside each other: what is to be fetched is found once for all.
+    x_KLRC = x_RKLC.permute(1, 2, 0, 3).contiguous()
+    mean_K1RC = x_KLRC.mean(dim=1, keepdim=True)
+    distance_KLR = _length(x_KLRC - mean_K1RC).squeeze(3)
+    means = (mean_K1RC[k] * share.to(x_KLRC).unsqueeze(3) for k, share in sides)
+    mean_N1RC = functools.reduce(torch.add, means)
+    mixed_NLX = _summed(x_KLRC.flatten(2), bags_NLV, weights_NLV)
+    apart_NLRC = mixed_NLX.unflatten(2, x_KLRC.shape[2:]).sub_(mean_N1RC)
+    wanted_NLR1 = _summed(distance_KLR, bags_NLV, weights_NLV).unsqueeze(3)
+    restored_NLR1 = wanted_NLR1 / _length(apart_NLRC).clamp(min=torch.finfo(torch.float32).tiny)
+    apart_NLRC.mul_(restored_NLR1.clamp(1, _MOST).to(x_KLRC)).add_(mean_N1RC)
+    return apart_NLRC.permute(2, 0, 1, 3).contiguous()
 
 
 def _length(x: Tensor) -> Tensor:
