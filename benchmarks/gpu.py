@@ -190,9 +190,14 @@ class Bench:
         focus = Settings().guidance_focus if mode == "default" else 1.0
         guidance = Guidance.within(7.5, STEPS[mode], (0.0, 1.0), focus)
         _, *hw = self.shape.latent
-        size = (hw[0], hw[1])
         return EditSettings(
-            guidance, injection, STEPS[mode], BATCH, size, MODES[mode], self.matching
+            guidance=guidance,
+            injection=injection,
+            steps=STEPS[mode],
+            batch=BATCH,
+            latent_hw=(hw[0], hw[1]),
+            mode=MODES[mode],
+            matching=self.matching,
         )
 
     def step(self, mode: str, frames: int, step: int) -> list[Tensor]:
