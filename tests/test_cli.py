@@ -3,13 +3,17 @@
 import importlib.metadata
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import typer
 from jobs import clip, command, folder_of, published, run_one, write_manifest
 
+from tokenflow_batch.cli.options import messages
 from tokenflow_batch.distributed import Team
 from tokenflow_batch.locks import StageLocks
 from tokenflow_batch.paths import Workspace
@@ -291,3 +295,31 @@ def test_a_stage_that_runs_tells_where_and_how_far(tmp_path, tiny_model):
         assert f"invert runs on {found['where']}" in shown
     found = json.loads(command("status", manifest, "--json").stdout)["jobs"][0]["stages"]["invert"]
     assert (found["state"], found["where"]) == ("begun", None)
+
+
+class Interrupted:
+    """Gets a signal while it is taken away, where Python prints what is raised and goes on."""
+
+    def __init__(self, number):
+        self.number = number
+
+    def __del__(self):
+        signal.raise_signal(self.number)
+
+
+def work_on(number):
+    """What runs below a command; True if the signal did not stop it."""
+    dying = Interrupted(number)
+    del dying
+    time.sleep(5)
+    return True
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_inside_a_destructor_stops_it_too(number, capsys):
+    before = signal.getsignal(number), sys.unraisablehook
+    with pytest.raises(typer.Exit) as stopped, messages():
+        pytest.fail(f"went on: {work_on(number)}")
+    assert stopped.value.exit_code == 128 + number
+    assert f"stopped by {number.name}" in capsys.readouterr().err
+    assert (signal.getsignal(number), sys.unraisablehook) == before

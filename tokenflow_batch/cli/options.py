@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -146,7 +148,20 @@ def messages() -> Iterator[None]:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # one is enough: let the locks be released
         raise _Terminated
 
-    previous = signal.signal(signal.SIGTERM, terminate)
+    def dropped(unraisable: sys.UnraisableHookArgs) -> None:
+        """Send the signal again where a destructor lost it: Python drops what those raise."""
+        stopped = unraisable.exc_value
+        if not isinstance(stopped, KeyboardInterrupt):
+            hook(unraisable)
+            return
+        number = signal.SIGINT
+        if isinstance(stopped, _Terminated):
+            number = signal.SIGTERM
+            signal.signal(number, terminate)
+        threading.Timer(0.05, os.kill, (os.getpid(), number)).start()  # once this has returned
+
+    previous, hook = signal.signal(signal.SIGTERM, terminate), sys.unraisablehook
+    sys.unraisablehook = dropped
     try:
         yield
     except TokenflowBatchError as error:
@@ -160,4 +175,5 @@ def messages() -> Iterator[None]:
         )
         raise typer.Exit(128 + number) from None
     finally:
+        sys.unraisablehook = hook
         signal.signal(signal.SIGTERM, previous)
