@@ -225,7 +225,8 @@ class Bench:
     def edit(self, mode: str, frames: int) -> dict[str, Any]:
         """Seconds a frame and UNet rows a frame of an edit, from a step of each kind."""
         injection, guidance = self.settings(mode).injection, self.settings(mode).guidance
-        changes = (injection.qk_steps, injection.conv_steps, guidance.focus, guidance.own)
+        late = (guidance.focus, guidance.own, guidance.detail)
+        changes = (injection.qk_steps, injection.conv_steps, *late)
         steps = STEPS[mode]
         borders = sorted({0, steps, *(step for step in changes if step < steps)})
         seconds, rows = 0.0, 0

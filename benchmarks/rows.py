@@ -113,8 +113,9 @@ class MetaUNet:
             stored_index=None if call.searched else index,
             matching="torch",
             grids=None if call.searched else [site.grid(hw) for site in hooks.sites],
-            focus_K1hw=torch.empty(1, 1, *hw, device="meta") if call.keeps else None,
-            keep=call.keeps,
+            focus_K1hw=torch.empty(1, 1, *hw, device="meta") if call.own else None,
+            keep=call.own > 0,
+            detail=call.own > 1,
         )
         with hooks.during(spread):
             return self._count(call.rows)

@@ -176,10 +176,12 @@ def test_what_is_looked_at_besides_and_the_source_s_rows_are_counted(unet):
     _, everywhere = predicted(unet, Guidance(6.0))
     _, focused = predicted(unet, Guidance(6.0, focus=5))
     _, keeps = predicted(unet, Guidance(6.0, focus=5, own=5))
+    _, detailed = predicted(unet, Guidance(6.0, focus=5, own=5, detail=5))
     assert focused.rows == everywhere.rows == 2 * (4 + 2)
-    assert keeps.rows == 3 * (4 + 2)
+    assert keeps.rows == detailed.rows == 3 * (4 + 2)
     assert 1 < focused.flops / everywhere.flops < 1.1
     assert 1.5 < keeps.flops / focused.flops < 1.8
+    assert 1.02 < detailed.flops / keeps.flops < 1.3
 
 
 def test_compiled_parts_are_watched_too():
@@ -237,3 +239,5 @@ def test_from_when_on_guidance_is_focused(changes, first):
     steps = [step for step in range(10) if guidance.focused(step)]
     assert steps == ([] if first is None else list(range(first, 10)))
     assert [step for step in range(10) if guidance.keeps(step)] == [s for s in steps if s >= 8]
+    alone = {step: guidance.own_branches(step) for step in range(10)}
+    assert alone == {s: 0 if s not in steps or s < 8 else {8: 1, 9: 3}[s] for s in range(10)}

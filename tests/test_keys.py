@@ -40,9 +40,9 @@ LITERAL = {
     "encode": "79ca856a10d75d7cd4dd26fc",
     "invert": "57b8226633bc75b49cbaa6c0",
     "match": "72fa86ffbf5f3ea6417af307",
-    "edit": "cd40ea0c285d44ea4bef6428",
-    "render": "3c51fba97d6303733938d5ee",
-    "report": "d5b897fcc484e1b9a190efc9",
+    "edit": "506a996abf3141a9fd4dbd51",
+    "render": "db5de62a4a982cc6992bd741",
+    "report": "16d6f691130bf049f8407a7d",
 }
 
 

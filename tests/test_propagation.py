@@ -133,7 +133,7 @@ def test_tokens_come_from_where_the_agreed_motion_leads_found_once_for_all_sites
     assert torch.equal(seen[1], agreed_motion(index[fine], fine, seen[0]))
 
 
-def focused_passes(unet, focus_K1hw):
+def focused_passes(unet, focus_K1hw, *, detail=False):
     """A keyframe pass and a propagation pass where prompts differ as `focus_K1hw` says."""
     frames, drawn, hw = normal(0, 5, CHANNELS, 8, 8), [1, 3, 4], (8, 8)
     near = [true_neighbours(f, drawn, 2) for f in range(5)]
@@ -148,7 +148,7 @@ def focused_passes(unet, focus_K1hw):
             rows = torch.cat([frames[drawn], edited[drawn], edited[drawn]])
             evaluate(unet, rows, text.repeat_interleave(3, dim=0))
         grids = [site.grid(hw) for site in hooks.sites]
-        kept = {"focus_K1hw": focus_K1hw, "keep": focus_K1hw is not None}
+        kept = {"focus_K1hw": focus_K1hw, "keep": focus_K1hw is not None, "detail": detail}
         spread = propagation_pass(joint, near, stored_index=index, grids=grids, **kept)
         with hooks.during(spread), Recorder(unet, *names) as got:
             rows = torch.cat([frames, edited, edited])
@@ -156,10 +156,15 @@ def focused_passes(unet, focus_K1hw):
     return joint, spread, got, noise, hooks.sites
 
 
-def test_where_the_prompts_agree_frames_keep_their_own_attention(unet):
-    """Source rows are the plain UNet's; the others add to them what the edit did to keyframes."""
+@pytest.mark.parametrize("detail", [False, True])
+def test_where_the_prompts_agree_frames_keep_their_own_attention(unet, detail):
+    """Source rows are the plain UNet's; the others add to them what the edit did to keyframes.
+
+    With detail, they are then led a quarter of the way to their own where the prompts differ.
+    """
     focus = torch.rand(K, 1, 8, 8, generator=torch.Generator().manual_seed(3))
-    joint, spread, got, noise, sites = focused_passes(unet, focus)
+    joint, spread, got, noise, sites = focused_passes(unet, focus, detail=detail)
+    assert spread.kept == (15 if detail else 5)
     plain = evaluate(
         unet, normal(0, 5, CHANNELS, 8, 8), normal(1, 3, 5, WIDTH)[:1].expand(5, -1, -1)
     )
@@ -174,11 +179,13 @@ def test_where_the_prompts_agree_frames_keep_their_own_attention(unet):
         shares = torch.tensor([[n.weight, 1 - n.weight] for n in spread.neighbours])
         places, counts = spread.weighted(site.index, shares)
         where = (pooled.flatten()[places] * counts).sum(dim=-1, keepdim=True).double()
+        alone = [torch.from_numpy(attention_in_float64(attn, t, t, t)) for t in tokens]
         for n in range(5):
-            own = torch.from_numpy(attention_in_float64(attn, tokens[n], tokens[n], tokens[n]))
-            torch.testing.assert_close(out[0, n], own, atol=2e-5, rtol=1e-4)
+            torch.testing.assert_close(out[0, n], alone[n], atol=2e-5, rtol=1e-4)
             for r in (1, 2):
-                expected = moved[r, n] + (1 - where[n]) * (own - moved[0, n])
+                expected = moved[r, n] + (1 - where[n]) * (alone[n] - moved[0, n])
+                if detail:
+                    expected = expected.lerp(alone[5 * r + n], 0.25 * where[n])
                 torch.testing.assert_close(out[r, n], expected, atol=2e-5, rtol=1e-4)
         if grid == (8, 8):
             finest = where.unflatten(1, grid)[..., 0].unsqueeze(1).float()
@@ -205,3 +212,5 @@ def test_nothing_is_kept_without_the_source_branch_or_the_focus():
     for branches, given in ((2, focus), (3, None)):
         with pytest.raises(ValueError, match="needs the focus and the source branch"):
             propagation_pass(keyframe_pass(branches=branches), near, focus_K1hw=given, keep=True)
+    with pytest.raises(ValueError, match="not alone"):
+        propagation_pass(keyframe_pass(), near, focus_K1hw=focus, detail=True)

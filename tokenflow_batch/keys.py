@@ -21,7 +21,7 @@ VERSIONS: Mapping[StageName, int] = {
     "encode": 2,
     "invert": 2,
     "match": 3,
-    "edit": 7,
+    "edit": 8,
     "render": 1,
     "report": 2,
 }

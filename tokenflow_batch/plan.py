@@ -38,7 +38,7 @@ class UNetCall:
             window's keyframes attend to.
         guided: of the edit's calls, whether a negative branch is among them.
         focused: of keyframes, whether it is found out where the prompts differ.
-        keeps: of propagation, whether the source's rows keep their own self-attention.
+        own: of propagation, in how many branches self-attention of their own is computed.
     """
 
     kind: Literal["plain", "keyframes", "propagation", "partial"]
@@ -50,7 +50,7 @@ class UNetCall:
     anchors: tuple[bool, ...] = ()
     guided: bool = True
     focused: bool = False
-    keeps: bool = False
+    own: int = 0
 
     @property
     def rows(self) -> int:
@@ -182,14 +182,14 @@ def _edit(s: Settings, frames: int, mode: Mode, cuts: Sequence[int]) -> Counter[
         drawn = draw_keyframes(s.keyframe_seed, step, layout.segments)
         conv, qk = step < injection.conv_steps, step < injection.qk_steps
         guided, focused = guidance.on(step), guidance.focused(step)
-        keeps = guidance.keeps(step)
+        own = guidance.own_branches(step)
         joint, spread = branches_at(s, step)
         for window in layout.windows:
             now = layout.moment(mode.neighbours, drawn, window)
             together = len(now.keyframes) + len(now.anchors)
             call = UNetCall("keyframes", together, joint, conv, qk, 0, now.foreign, guided, focused)
             total[call] += 1
-            if conv and recomputes_conv(s) and not keeps:
+            if conv and recomputes_conv(s) and not own:
                 total += _partial(s, now, qk=qk)
             for near in batches(now.neighbours, s.segment_length):
                 keyframes = {k for n in near for k in (n.first, n.second)}
@@ -201,7 +201,7 @@ def _edit(s: Settings, frames: int, mode: Mode, cuts: Sequence[int]) -> Counter[
                     conv,
                     searched=searched,
                     guided=guided,
-                    keeps=keeps,
+                    own=own,
                 )
                 total[call] += 1
     return total

@@ -75,7 +75,7 @@ class _EditWork:
         spread: rows of the propagation.
         searched: pairs of frames between which correspondences are searched on the way.
         focused: keyframes for which it is found out where the prompts differ.
-        kept: rows of the propagation that keep their own self-attention.
+        kept: rows of the propagation whose own self-attention is computed.
     """
 
     joint: int = 0
@@ -100,7 +100,7 @@ def _edit_work(s: Settings, frames: int, cuts: tuple[int, ...]) -> _EditWork:
     pairs = beside * sum(1 + guided for _, _, guided in rows)
     spread = sum(on_frames * n for (_, on_frames, _), n in zip(rows, predicted, strict=True))
     focused = together * sum(guidance.focused(step) for step in range(first, s.steps))
-    kept = sum(n for step, n in enumerate(predicted, first) if guidance.keeps(step))
+    kept = sum(n * guidance.own_branches(step) for step, n in enumerate(predicted, first))
     searched = 0
     if not mode.stored_source:  # in both keyframes; the clip's first segment has one
         searched = sum(2 * n - len(layout.segments[0]) for n in predicted)

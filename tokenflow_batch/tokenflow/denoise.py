@@ -302,6 +302,7 @@ def _propagation_pass(
         following=settings.mode.following_at(step, settings.steps),
         focus_K1hw=where_K1hw,
         keep=settings.guidance.keeps(step),
+        detail=settings.guidance.own_branches(step) > 1,
     )
 
 

@@ -82,6 +82,9 @@ _OWN = 0.84
 """Share of the steps from which on frames keep their own attention where the prompts agree: most of
 what it brings comes from the last steps, and each takes a row more of every frame."""
 
+_DETAIL = 0.92
+"""Share of the steps from which on they also keep some of it where the prompts differ."""
+
 
 @dataclass(frozen=True)
 class Guidance:
@@ -97,6 +100,7 @@ class Guidance:
         focus: the first step with guidance only where the target's prompt asks for something else
             than the source's (`focus`); elsewhere g is 1.
         own: of these, the first step at which frames also keep their own attention elsewhere.
+        detail: of these, the first at which they keep some of it in the places that differ, too.
     """
 
     scale: float
@@ -104,14 +108,15 @@ class Guidance:
     stop: int = 1 << 30
     focus: int = 1 << 30
     own: int = 1 << 30
+    detail: int = 1 << 30
 
     @classmethod
     def within(
         cls, scale: float, steps: int, interval: tuple[float, float], focus: float = 1.0
     ) -> Guidance:
         """From shares of the `steps` sampling steps, 0 the noisiest."""
-        first, stop, focused, own = (int(steps * share) for share in (*interval, focus, _OWN))
-        return cls(scale, first, stop, focused, own)
+        shares = (*interval, focus, _OWN, _DETAIL)
+        return cls(scale, *(int(steps * share) for share in shares))
 
     def on(self, step: int) -> bool:
         """Whether a step has a negative branch; g = 1 needs none."""
@@ -124,6 +129,12 @@ class Guidance:
     def keeps(self, step: int) -> bool:
         """Whether at a step frames keep their own attention in the other places."""
         return self.focused(step) and step >= self.own
+
+    def own_branches(self, step: int) -> int:
+        """In how many branches frames compute attention of their own: the source's, later all."""
+        if not self.keeps(step):
+            return 0
+        return 3 if step >= self.detail else 1
 
 
 def branch_count(

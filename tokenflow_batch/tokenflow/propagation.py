@@ -24,6 +24,9 @@ from tokenflow_batch.tokenflow.modes import Following
 from tokenflow_batch.tokenflow.motion import Grid, agreed_motion, between_tokens, voted
 from tokenflow_batch.tokenflow.passes import KeyframePass, inject_conv
 
+_DETAIL = 0.25
+"""How much of a frame's own attention it keeps where the prompts differ, if it keeps any there."""
+
 Shares = Sequence[tuple[float, float]]
 """Per frame, how much the tokens of its first and of its second keyframe count."""
 
@@ -36,7 +39,8 @@ class PropagationPass:
 
     Where it is to `keep` what the prompts agree on, a frame's own source self-attention stands
     there in place of what came for it from the keyframes' source branch: of theirs, only what the
-    edit has changed gets there.
+    edit has changed gets there. Where the prompts differ, a frame can keep some `detail`: a share
+    of its own attention in every branch.
     """
 
     def __init__(
@@ -53,6 +57,7 @@ class PropagationPass:
         following: Following = "agreed",
         focus_K1hw: Tensor | None = None,
         keep: bool = False,
+        detail: bool = False,
     ) -> None:
         """Set up a pass.
 
@@ -70,15 +75,19 @@ class PropagationPass:
             focus_K1hw: at the keyframes, how far the prompts differ, 0 to 1; None where that is not
                 asked.
             keep: whether to keep what they agree on.
+            detail: whether to keep detail of the rest, too.
 
         Raises:
-            ValueError: it is to keep something without `focus_K1hw` or the source branch.
+            ValueError: it is to keep something without `focus_K1hw` or the source branch, or detail
+                of the rest alone.
         """
         if keep and (focus_K1hw is None or branches == keyframe_pass.edited):
             raise ValueError("keeping what prompts agree on needs the focus and the source branch")
+        if detail and not keep:
+            raise ValueError("detail is kept besides what the prompts agree on, not alone")
         self.keyframe_pass, self.neighbours, self.branches = keyframe_pass, neighbours, branches
         self.grids, self.following = grids, following
-        self.focus_K1hw, self.keep = focus_K1hw, keep
+        self.focus_K1hw, self.keep, self.detail = focus_K1hw, keep, detail
         self.inject_conv, self.stored_conv_NChw = inject_conv, stored_conv_NChw
         self.stored_index, self.matching = stored_index, matching
         self._candidates: dict[Grid, tuple[Tensor, Tensor]] = {}
@@ -94,8 +103,8 @@ class PropagationPass:
 
     @property
     def kept(self) -> int:
-        """Rows that keep their own self-attention: the source's."""
-        return len(self.neighbours) if self.keep else 0
+        """Rows whose own self-attention is computed: the source's, or all."""
+        return len(self.neighbours) * (self.branches if self.detail else self.keep)
 
     @measured("correspondence")
     def self_attention(
@@ -110,11 +119,13 @@ class PropagationPass:
         moved_RNLC = self.blended(site, out_RKLC, tokens_NLC)
         if not self.keep:
             return moved_RNLC.flatten(0, 1)
-        source_NLC = tokens_NLC[: len(self.neighbours)]
-        own_NLC = attend_alone(attn, source_NLC, self.keyframe_pass.attention)
-        agreed_NL1 = (1 - self._focus(site.index)).to(own_NLC)
-        moved_RNLC[1:] += agreed_NL1 * (own_NLC - moved_RNLC[0])
-        moved_RNLC[0] = own_NLC
+        own = attend_alone(attn, tokens_NLC[: self.kept], self.keyframe_pass.attention)
+        own_RNLC = own.unflatten(0, (-1, len(self.neighbours)))
+        differs_NL1 = self._focus(site.index).to(own)
+        moved_RNLC[1:] += (1 - differs_NL1) * (own_RNLC[0] - moved_RNLC[0])
+        moved_RNLC[0] = own_RNLC[0]
+        if self.detail:
+            moved_RNLC[1:] += _DETAIL * differs_NL1 * (own_RNLC[1:] - moved_RNLC[1:])
         return moved_RNLC.flatten(0, 1)
 
     def blended(
