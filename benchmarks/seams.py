@@ -4,7 +4,8 @@
 
 Moving generated clips (changing light, a post in front, zoom and rotation, plain) are edited by
 colour and texture in turn, in windows of 4 segments that share 2 (40 joins at the defaults, some
-half an hour on two cores), all ways from the same inverted latents:
+half an hour on two cores), all ways from the same inverted latents. At 64 pixels the demo model
+draws half of the objects in another place than the source's, where nothing is measured, so 96:
 
 - one window: TokenFlow as published, the whole clip at once; every figure is relative to it;
 - windows: the default; 4 global anchors that differ in look, ramps over the overlap;
