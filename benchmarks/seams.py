@@ -4,8 +4,8 @@
 
 Moving generated clips (changing light, a post in front, zoom and rotation, plain) are edited by
 colour and texture in turn, in windows of 4 segments that share 2 (40 joins at the defaults, some
-half an hour on two cores), all ways from the same inverted latents. At 64 pixels the demo model
-draws half of the objects in another place than the source's, where nothing is measured, so 96:
+seven minutes a way on two cores), all ways from the same inverted latents. At 64 pixels the demo
+model draws half of the objects in another place than the source's, out of the masks; so 96:
 
 - one window: TokenFlow as published, the whole clip at once; every figure is relative to it;
 - windows: the default; 4 global anchors that differ in look, ramps over the overlap;
@@ -309,7 +309,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--scenes", type=int, default=4)
     parser.add_argument("--frames", type=int, default=192, help="of each clip")
-    parser.add_argument("--size", type=int, default=64, help="side in pixels")
+    parser.add_argument("--size", type=int, default=96, help="side in pixels")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(

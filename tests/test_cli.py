@@ -315,6 +315,15 @@ def work_on(number):
     return True
 
 
+@pytest.fixture
+def interrupts():
+    """Ctrl-C as in the foreground: what a shell runs in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interrupts")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_inside_a_destructor_stops_it_too(number, capsys):
     before = signal.getsignal(number), sys.unraisablehook
