@@ -242,12 +242,14 @@ class TokenFlow:
         interval: shares of the steps between which there is guidance.
         focus: whether guidance ends where the prompts say the same; published mode knows nothing
             of it.
+        detail: whether frames then also take some of their own attention where they differ.
     """
 
     mode: Mode = DEFAULT
     keyframes: Callable[[Moment], Sequence[int]] | None = None
     interval: tuple[float, float] = (0.0, 1.0)
     focus: bool = True
+    detail: bool = True
 
     def __call__(self, denoiser: Denoiser, hooks: Hooks, now: Moment, x: Tensor) -> Tensor:
         """See `Method`."""
@@ -256,8 +258,9 @@ class TokenFlow:
         if not self.focus:
             now = replace(now, thresholds=replace(now.thresholds, guidance_focus=1.0))
         index = correspondences(now) if self.mode.stored_source else []
+        guidance = now.guidance(self.interval)
         settings = EditSettings(
-            guidance=now.guidance(self.interval),
+            guidance=guidance if self.detail else replace(guidance, detail=now.steps),
             injection=now.injection,
             steps=now.steps,
             batch=now.thresholds.segment_length,

@@ -302,7 +302,7 @@ def joined(
         "grids": [site.grid(hw) for site in hooks.sites],
         "inject_conv": conv,
         "focus_K1hw": joint.focus.weight() if joint.focus else None,
-        "keep": guidance.keeps(now.step),
+        "own": guidance.own_branches(now.step),
     }
     for frames in batches(now.frames, now.thresholds.segment_length):
         batch = list(frames)
@@ -323,6 +323,7 @@ OPTIONS: Final[Mapping[str, Method]] = {
     "own matches": TokenFlow(replace(DEFAULT, following="own", following_late="own")),
     "agreed motion": TokenFlow(replace(DEFAULT, following_late="agreed")),
     "votes": TokenFlow(replace(DEFAULT, following="voted")),
+    "no own detail": TokenFlow(detail=False),
     "guidance to 0.8": TokenFlow(interval=(0.0, 0.8)),
     "fixed keyframes": TokenFlow(keyframes=middle_keyframes),
     "forward-backward": Variant(Building(reach=1)),

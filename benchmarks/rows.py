@@ -114,8 +114,7 @@ class MetaUNet:
             matching="torch",
             grids=None if call.searched else [site.grid(hw) for site in hooks.sites],
             focus_K1hw=torch.empty(1, 1, *hw, device="meta") if call.own else None,
-            keep=call.own > 0,
-            detail=call.own > 1,
+            own=call.own,
         )
         with hooks.during(spread):
             return self._count(call.rows)

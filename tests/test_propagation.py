@@ -133,7 +133,7 @@ def test_tokens_come_from_where_the_agreed_motion_leads_found_once_for_all_sites
     assert torch.equal(seen[1], agreed_motion(index[fine], fine, seen[0]))
 
 
-def focused_passes(unet, focus_K1hw, *, detail=False):
+def focused_passes(unet, focus_K1hw, own=0):
     """A keyframe pass and a propagation pass where prompts differ as `focus_K1hw` says."""
     frames, drawn, hw = normal(0, 5, CHANNELS, 8, 8), [1, 3, 4], (8, 8)
     near = [true_neighbours(f, drawn, 2) for f in range(5)]
@@ -148,7 +148,7 @@ def focused_passes(unet, focus_K1hw, *, detail=False):
             rows = torch.cat([frames[drawn], edited[drawn], edited[drawn]])
             evaluate(unet, rows, text.repeat_interleave(3, dim=0))
         grids = [site.grid(hw) for site in hooks.sites]
-        kept = {"focus_K1hw": focus_K1hw, "keep": focus_K1hw is not None, "detail": detail}
+        kept = {"focus_K1hw": focus_K1hw, "own": own}
         spread = propagation_pass(joint, near, stored_index=index, grids=grids, **kept)
         with hooks.during(spread), Recorder(unet, *names) as got:
             rows = torch.cat([frames, edited, edited])
@@ -156,15 +156,15 @@ def focused_passes(unet, focus_K1hw, *, detail=False):
     return joint, spread, got, noise, hooks.sites
 
 
-@pytest.mark.parametrize("detail", [False, True])
-def test_where_the_prompts_agree_frames_keep_their_own_attention(unet, detail):
+@pytest.mark.parametrize("own", [1, 3])
+def test_where_the_prompts_agree_frames_keep_their_own_attention(unet, own):
     """Source rows are the plain UNet's; the others add to them what the edit did to keyframes.
 
-    With detail, they are then led a quarter of the way to their own where the prompts differ.
+    With all branches', they are then led a quarter of the way to it where the prompts differ.
     """
     focus = torch.rand(K, 1, 8, 8, generator=torch.Generator().manual_seed(3))
-    joint, spread, got, noise, sites = focused_passes(unet, focus, detail=detail)
-    assert spread.kept == (15 if detail else 5)
+    joint, spread, got, noise, sites = focused_passes(unet, focus, own)
+    assert spread.kept == 5 * own
     plain = evaluate(
         unet, normal(0, 5, CHANNELS, 8, 8), normal(1, 3, 5, WIDTH)[:1].expand(5, -1, -1)
     )
@@ -184,7 +184,7 @@ def test_where_the_prompts_agree_frames_keep_their_own_attention(unet, detail):
             torch.testing.assert_close(out[0, n], alone[n], atol=2e-5, rtol=1e-4)
             for r in (1, 2):
                 expected = moved[r, n] + (1 - where[n]) * (alone[n] - moved[0, n])
-                if detail:
+                if own == 3:
                     expected = expected.lerp(alone[5 * r + n], 0.25 * where[n])
                 torch.testing.assert_close(out[r, n], expected, atol=2e-5, rtol=1e-4)
         if grid == (8, 8):
@@ -193,14 +193,14 @@ def test_where_the_prompts_agree_frames_keep_their_own_attention(unet, detail):
 
 
 def test_where_the_prompts_differ_everywhere_tokens_are_the_keyframes_alone(unet):
-    _, _, _, focused, _ = focused_passes(unet, torch.ones(K, 1, 8, 8))
+    _, _, _, focused, _ = focused_passes(unet, torch.ones(K, 1, 8, 8), 1)
     _, _, _, plain, _ = focused_passes(unet, None)
     torch.testing.assert_close(focused[5:], plain[5:], atol=1e-5, rtol=1e-4)
 
 
 def test_a_keyframe_keeps_what_the_joint_pass_gave_it_wherever_the_prompts_agree(unet):
     """On a keyframe the source's own attention is the keyframe pass's: nothing is added."""
-    _, _, _, focused, _ = focused_passes(unet, torch.zeros(K, 1, 8, 8))
+    _, _, _, focused, _ = focused_passes(unet, torch.zeros(K, 1, 8, 8), 1)
     _, _, _, plain, _ = focused_passes(unet, None)
     keyframes = [5 + 1, 5 + 3, 5 + 4]
     torch.testing.assert_close(focused[keyframes], plain[keyframes], atol=1e-4, rtol=1e-3)
@@ -211,6 +211,6 @@ def test_nothing_is_kept_without_the_source_branch_or_the_focus():
     near, focus = [Neighbours(0, 1, 0.5)], torch.ones(K, 1, 8, 8)
     for branches, given in ((2, focus), (3, None)):
         with pytest.raises(ValueError, match="needs the focus and the source branch"):
-            propagation_pass(keyframe_pass(branches=branches), near, focus_K1hw=given, keep=True)
-    with pytest.raises(ValueError, match="not alone"):
-        propagation_pass(keyframe_pass(), near, focus_K1hw=focus, detail=True)
+            propagation_pass(keyframe_pass(branches=branches), near, focus_K1hw=given, own=1)
+    with pytest.raises(ValueError, match="all 3 branches, not 2"):
+        propagation_pass(keyframe_pass(), near, focus_K1hw=focus, own=2)

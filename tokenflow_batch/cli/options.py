@@ -137,11 +137,10 @@ class _Terminated(KeyboardInterrupt):
 
 
 @contextmanager
-def messages() -> Iterator[None]:
-    """Errors of ours as a message and an exit code, never a traceback.
+def _interruptible() -> Iterator[None]:
+    """SIGTERM raises as SIGINT does, and neither is lost.
 
-    SIGINT and SIGTERM abandon the unit in flight, which is as safe as a kill, and give 128 plus the
-    signal's number, as shells do.
+    Python drops what a destructor raises, also if that is a signal's doing: then it is sent again.
     """
 
     def terminate(number: int, frame: object) -> None:  # noqa: ARG001
@@ -149,7 +148,6 @@ def messages() -> Iterator[None]:
         raise _Terminated
 
     def dropped(unraisable: sys.UnraisableHookArgs) -> None:
-        """Send the signal again where a destructor lost it: Python drops what those raise."""
         stopped = unraisable.exc_value
         if not isinstance(stopped, KeyboardInterrupt):
             hook(unraisable)
@@ -164,16 +162,28 @@ def messages() -> Iterator[None]:
     sys.unraisablehook = dropped
     try:
         yield
-    except TokenflowBatchError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(error.exit_code) from None
-    except KeyboardInterrupt as stopped:
-        number = signal.SIGTERM if isinstance(stopped, _Terminated) else signal.SIGINT
-        typer.echo(
-            f"stopped by {number.name}: what is committed stays, run the same command to go on",
-            err=True,
-        )
-        raise typer.Exit(128 + number) from None
     finally:
         sys.unraisablehook = hook
         signal.signal(signal.SIGTERM, previous)
+
+
+@contextmanager
+def messages() -> Iterator[None]:
+    """Errors of ours as a message and an exit code, never a traceback.
+
+    SIGINT and SIGTERM abandon the unit in flight, which is as safe as a kill, and give 128 plus the
+    signal's number, as shells do.
+    """
+    with _interruptible():
+        try:
+            yield
+        except TokenflowBatchError as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(error.exit_code) from None
+        except KeyboardInterrupt as stopped:
+            number = signal.SIGTERM if isinstance(stopped, _Terminated) else signal.SIGINT
+            typer.echo(
+                f"stopped by {number.name}: what is committed stays, run the same command to go on",
+                err=True,
+            )
+            raise typer.Exit(128 + number) from None

@@ -301,8 +301,7 @@ def _propagation_pass(
         grids=[site.grid(hw) for site in hooks.sites] if stored else None,
         following=settings.mode.following_at(step, settings.steps),
         focus_K1hw=where_K1hw,
-        keep=settings.guidance.keeps(step),
-        detail=settings.guidance.own_branches(step) > 1,
+        own=settings.guidance.own_branches(step),
     )
 
 

@@ -24,9 +24,6 @@ from tokenflow_batch.tokenflow.modes import Following
 from tokenflow_batch.tokenflow.motion import Grid, agreed_motion, between_tokens, voted
 from tokenflow_batch.tokenflow.passes import KeyframePass, inject_conv
 
-_DETAIL = 0.25
-"""How much of a frame's own attention it keeps where the prompts differ, if it keeps any there."""
-
 Shares = Sequence[tuple[float, float]]
 """Per frame, how much the tokens of its first and of its second keyframe count."""
 
@@ -37,10 +34,9 @@ class PropagationPass:
     Correspondences are either given (`stored_index`) or found in this very pass between the
     batch's source branch and the keyframe pass's, as the published code does.
 
-    Where it is to `keep` what the prompts agree on, a frame's own source self-attention stands
-    there in place of what came for it from the keyframes' source branch: of theirs, only what the
-    edit has changed gets there. Where the prompts differ, a frame can keep some `detail`: a share
-    of its own attention in every branch.
+    Frames can have attention of their `own`. With the source's, that stands where the prompts agree
+    in place of what came from the keyframes' source branch: of theirs, only what the edit has
+    changed gets there. With every branch's, a share of it comes back where the prompts differ, too.
     """
 
     def __init__(
@@ -56,8 +52,7 @@ class PropagationPass:
         grids: Sequence[Grid] | None = None,
         following: Following = "agreed",
         focus_K1hw: Tensor | None = None,
-        keep: bool = False,
-        detail: bool = False,
+        own: int = 0,
     ) -> None:
         """Set up a pass.
 
@@ -74,20 +69,20 @@ class PropagationPass:
             following: with grids, by whose correspondences tokens are put together.
             focus_K1hw: at the keyframes, how far the prompts differ, 0 to 1; None where that is not
                 asked.
-            keep: whether to keep what they agree on.
-            detail: whether to keep detail of the rest, too.
+            own: in how many branches frames compute attention of their own: in none, in one, the
+                source's, or in all R.
 
         Raises:
-            ValueError: it is to keep something without `focus_K1hw` or the source branch, or detail
-                of the rest alone.
+            ValueError: there is to be own attention without `focus_K1hw` or the source branch, or
+                in some branches only.
         """
-        if keep and (focus_K1hw is None or branches == keyframe_pass.edited):
-            raise ValueError("keeping what prompts agree on needs the focus and the source branch")
-        if detail and not keep:
-            raise ValueError("detail is kept besides what the prompts agree on, not alone")
+        if own and (focus_K1hw is None or branches == keyframe_pass.edited):
+            raise ValueError("own attention needs the focus and the source branch")
+        if own not in (0, 1, branches):
+            raise ValueError(f"own attention is of 1 or all {branches} branches, not {own}")
         self.keyframe_pass, self.neighbours, self.branches = keyframe_pass, neighbours, branches
         self.grids, self.following = grids, following
-        self.focus_K1hw, self.keep, self.detail = focus_K1hw, keep, detail
+        self.focus_K1hw, self.own = focus_K1hw, own
         self.inject_conv, self.stored_conv_NChw = inject_conv, stored_conv_NChw
         self.stored_index, self.matching = stored_index, matching
         self._candidates: dict[Grid, tuple[Tensor, Tensor]] = {}
@@ -104,7 +99,7 @@ class PropagationPass:
     @property
     def kept(self) -> int:
         """Rows whose own self-attention is computed: the source's, or all."""
-        return len(self.neighbours) * (self.branches if self.detail else self.keep)
+        return len(self.neighbours) * self.own
 
     @measured("correspondence")
     def self_attention(
@@ -117,15 +112,15 @@ class PropagationPass:
         """Tokens of the neighbouring keyframes, gathered by correspondence and blended."""
         out_RKLC = self.keyframe_pass.outputs[site.index][-self.branches :]
         moved_RNLC = self.blended(site, out_RKLC, tokens_NLC)
-        if not self.keep:
+        if not self.own:
             return moved_RNLC.flatten(0, 1)
-        own = attend_alone(attn, tokens_NLC[: self.kept], self.keyframe_pass.attention)
-        own_RNLC = own.unflatten(0, (-1, len(self.neighbours)))
-        differs_NL1 = self._focus(site.index).to(own)
+        own_NLC = attend_alone(attn, tokens_NLC[: self.kept], self.keyframe_pass.attention)
+        own_RNLC = own_NLC.unflatten(0, (self.own, len(self.neighbours)))
+        differs_NL1 = self._focus(site.index).to(own_NLC)
         moved_RNLC[1:] += (1 - differs_NL1) * (own_RNLC[0] - moved_RNLC[0])
         moved_RNLC[0] = own_RNLC[0]
-        if self.detail:
-            moved_RNLC[1:] += _DETAIL * differs_NL1 * (own_RNLC[1:] - moved_RNLC[1:])
+        if self.own > 1:
+            moved_RNLC[1:] += _SHARE * differs_NL1 * (own_RNLC[1:] - moved_RNLC[1:])
         return moved_RNLC.flatten(0, 1)
 
     def blended(
@@ -267,6 +262,9 @@ def propagate(out_RKLC: Tensor, index_NL: Tensor, keyframe: Sequence[int]) -> Te
     flat = (index_NL.to(out_RKLC.device) + offset_N1).flatten()
     return out_RKLC.flatten(1, 2)[:, flat].unflatten(1, index_NL.shape)
 
+
+_SHARE = 0.25
+"""How much of its edit's own attention a frame takes where the prompts differ, if it takes any."""
 
 _MOST = 1.5
 """As much as a mix of tokens is restored at most: what cancels out nearly has no direction left."""
