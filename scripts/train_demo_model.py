@@ -67,6 +67,7 @@ def latents(
     threads: Threads = 1,
     size: Annotated[int, typer.Option(help="Image side in pixels.")] = 64,
     count: Annotated[int, typer.Option(help="Scenes to encode.")] = 24_000,
+    pairs: Annotated[float, typer.Option(help="Share of scenes with two objects.")] = 0.3,
     name: Annotated[str, typer.Option(help="Folder within the work folder.")] = "latents",
 ) -> None:
     """Render and encode the UNet's training set.
@@ -76,7 +77,7 @@ def latents(
     _prepare(work, threads)
     from demo_training.data import LatentCache, encode_scenes
 
-    encode_scenes(work / "vae", LatentCache(work / name, seed, count, size))
+    encode_scenes(work / "vae", LatentCache(work / name, seed, count, size, pairs))
 
 
 @app.command()

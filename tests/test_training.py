@@ -12,6 +12,9 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+from demo_training.data import LatentCache
+
 SCRIPT = Path(__file__).parents[1] / "scripts" / "train_demo_model.py"
 UNET = ("unet", "--steps", "6", "--batch", "2", "--save-every", "2")
 
@@ -95,6 +98,13 @@ def test_a_checkpoint_of_other_options_is_refused(prepared, tmp_path):
     done = subprocess.run(again, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode != 0
     assert "use the same options" in done.stderr
+
+
+@pytest.mark.parametrize(("pairs", "two"), [(0.0, {False}), (0.5, {False, True}), (1.0, {True})])
+def test_the_share_of_pairs_is_the_caches_and_kept_with_it(tmp_path, pairs, two):
+    LatentCache(tmp_path, seed=0, count=12, size=64, pairs=pairs).finish()
+    found = LatentCache.open(tmp_path)
+    assert {found.scene(i).second is not None for i in range(found.count)} == two
 
 
 def without_time(line):

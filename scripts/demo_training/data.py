@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import IntEnum
 from pathlib import Path
 from typing import Final
@@ -92,12 +92,14 @@ class LatentCache:
         seed: of the scenes.
         count: scenes in all.
         size: side of their images in pixels.
+        pairs: share of them with two objects.
     """
 
     folder: Path
     seed: int
     count: int
     size: int
+    pairs: float = TRAINED.pairs
 
     @classmethod
     def open(cls, folder: Path) -> LatentCache:
@@ -120,7 +122,8 @@ class LatentCache:
 
     def scene(self, index: int) -> SceneParams:
         """What the `index`-th latents show."""
-        return scene(self.seed, Stream.SCENES, index, TRAINED)
+        domain = replace(TRAINED, pairs=self.pairs)
+        return scene(self.seed, Stream.SCENES, index, domain)
 
     def create(self, downscale: int) -> None:
         """Make the files, all zeros; `downscale` is pixels per latent pixel."""
