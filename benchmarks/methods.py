@@ -29,7 +29,7 @@ from tokenflow_batch.tokenflow.ddim import (
     move,
 )
 from tokenflow_batch.tokenflow.denoise import Denoiser, EditSettings, Prompts, predict_window
-from tokenflow_batch.tokenflow.injection import Site
+from tokenflow_batch.tokenflow.injection import CONV_SITE, Site
 from tokenflow_batch.tokenflow.keyframes import (
     Neighbours,
     draw_keyframes,
@@ -60,6 +60,7 @@ class Thresholds:
         guidance_focus: share of steps from which the default mode guides where prompts differ.
         segment_length: B, frames per keyframe.
         keyframe_seed: of the keyframe draws.
+        conv_site: residual block whose convolution features are injected.
     """
 
     guidance_scale: float = 5.0
@@ -68,6 +69,7 @@ class Thresholds:
     guidance_focus: float = Settings().guidance_focus
     segment_length: int = 8
     keyframe_seed: int = 0
+    conv_site: str = CONV_SITE
 
 
 @dataclass

@@ -78,6 +78,7 @@ from tokenflow_batch.models import load as load_model
 from tokenflow_batch.sheet import contact_sheet
 from tokenflow_batch.tokenflow.attention import tokenflow_hooks
 from tokenflow_batch.tokenflow.denoise import Denoiser
+from tokenflow_batch.tokenflow.injection import CONV_SITE
 
 Frames = NDArray[np.uint8]
 
@@ -169,7 +170,7 @@ def run_scene(
     with progress_bars() as progress, progress(scene.wanted.caption, 26) as advance:
         prepared: Prepared = prepare(model, scene.clip, 25)
         advance(1)
-        with tokenflow_hooks(model.unet) as hooks:
+        with tokenflow_hooks(model.unet, conv_site=thresholds.conv_site) as hooks:
 
             def observe(now: Moment) -> None:
                 if now.step in _DIAGNOSED:
@@ -297,6 +298,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--guidance-scale", type=float, default=5.0)
     parser.add_argument("--attn-t", type=float, default=0.8)
     parser.add_argument("--f-t", type=float, default=1.0)
+    parser.add_argument("--conv-site", default=CONV_SITE, help="where those are injected")
     parser.add_argument("--processes", type=int, default=2, help="scenes measured at once")
     parser.add_argument("--threads", type=int, default=1, help="of each process")
     parser.add_argument(
@@ -322,7 +324,7 @@ def main() -> None:
         tuple(args.kinds.split(",")),
         tuple(args.methods.split(",")),
         args.option_scenes,
-        Thresholds(args.guidance_scale, args.attn_t, args.f_t),
+        Thresholds(args.guidance_scale, args.attn_t, args.f_t, conv_site=args.conv_site),
         args.sheets,
     )
     scenes: list[dict[str, Any]] = []

@@ -63,6 +63,7 @@ from tokenflow_batch.models import load as load_model
 from tokenflow_batch.tokenflow.anchors import look_of, spread_by_look
 from tokenflow_batch.tokenflow.attention import Hooks, tokenflow_hooks
 from tokenflow_batch.tokenflow.denoise import Denoiser, EditSettings, predict_window
+from tokenflow_batch.tokenflow.injection import CONV_SITE
 from tokenflow_batch.tokenflow.keyframes import draw_keyframes, segments, true_neighbours
 from tokenflow_batch.tokenflow.modes import DEFAULT
 from tokenflow_batch.tokenflow.windows import (
@@ -234,6 +235,7 @@ class Options:
     steps: int
     seed: int
     ways: tuple[str, ...]
+    conv_site: str
     sheets: Path | None
 
 
@@ -252,9 +254,10 @@ def measure(number: int, options: Options) -> dict[str, Any]:
     with progress_bars() as progress, progress(scene.wanted.caption, options.steps + 1) as advance:
         prepared = prepare(model, scene.clip, options.steps)
         advance(1)
-        with tokenflow_hooks(model.unet) as hooks:
+        thresholds = Thresholds(conv_site=options.conv_site)
+        with tokenflow_hooks(model.unet, conv_site=thresholds.conv_site) as hooks:
             ways = {way: WAYS[way] for way in options.ways}
-            videos = edit(model, hooks, prepared, scene.wanted.caption, ways, Thresholds(), advance)
+            videos = edit(model, hooks, prepared, scene.wanted.caption, ways, thresholds, advance)
     joins = plan(options.frames).joins
     videos["hue step"] = turn_hue(videos["windows"], joins)
     if options.sheets:
@@ -318,6 +321,9 @@ def main() -> None:
         help=f"which of {', '.join(WAYS)}; {', '.join(JUDGED)} are needed",
     )
     parser.add_argument("--model", default="demo", help="'demo' or a pipeline's folder")
+    parser.add_argument(
+        "--conv-site", default=CONV_SITE, help="where Plug-and-Play injects features"
+    )
     parser.add_argument("--processes", type=int, default=2, help="scenes measured at once")
     parser.add_argument("--threads", type=int, default=1, help="of each process")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result here")
@@ -327,7 +333,15 @@ def main() -> None:
     if not set(JUDGED) <= set(ways) <= set(WAYS):
         parser.error(f"--ways: of {', '.join(WAYS)}, at least {', '.join(JUDGED)}")
     options = Options(
-        args.model, args.threads, args.frames, args.size, args.steps, args.seed, ways, args.sheets
+        args.model,
+        args.threads,
+        args.frames,
+        args.size,
+        args.steps,
+        args.seed,
+        ways,
+        args.conv_site,
+        args.sheets,
     )
     work = functools.partial(measure, options=options)
     scenes = list(measure_all(args.scenes, args.processes, work))
