@@ -23,7 +23,13 @@ from torch import Tensor
 from tokenflow_batch.config import Settings
 from tokenflow_batch.demo.scenes import Clip
 from tokenflow_batch.models import Model
-from tokenflow_batch.tokenflow.attention import Hooks, attend, merge_heads, split_heads
+from tokenflow_batch.tokenflow.attention import (
+    Hooks,
+    attend,
+    merge_heads,
+    split_heads,
+    tokenflow_hooks,
+)
 from tokenflow_batch.tokenflow.correspondence import match_frames, side_by_side
 from tokenflow_batch.tokenflow.ddim import (
     move,
@@ -307,7 +313,6 @@ def _source_pass(
 
 def edit(
     model: Model,
-    hooks: Hooks,
     prepared: Prepared,
     prompt: str,
     methods: Mapping[str, Method],
@@ -318,8 +323,7 @@ def edit(
     """Edit a clip by several methods.
 
     Args:
-        model: with `hooks` installed on its UNet.
-        hooks: the seams.
+        model: its UNet has the seams while this runs.
         prepared: the clip.
         prompt: of the edit.
         methods: by name.
@@ -335,27 +339,28 @@ def edit(
     denoiser = Denoiser(model.unet, model.prediction_type)
     segs = segments(len(clip), thresholds.segment_length)
     x = dict.fromkeys(methods, prepared.source[0])
-    for step, (t, alpha) in enumerate(zip(schedule.timesteps, schedule.alphas, strict=True)):
-        keyframes = draw_keyframes(thresholds.keyframe_seed, step, segs)
-        source = prepared.source[step]
-        now = Moment(
-            step,
-            t,
-            alpha,
-            keyframes,
-            source,
-            prepared.clean,
-            [],
-            source,
-            prompts,
-            thresholds,
-            len(schedule),
-            clip,
-        )
-        now.tokens, now.conv = _source_pass(denoiser, hooks, now, prompts.source.unsqueeze(0))
-        observe(now)
-        for name, method in methods.items():
-            noise = method(denoiser, hooks, now, x[name])
-            x[name] = move(x[name], noise, alpha, schedule.alpha_after(step))
-        on_step(1)
+    with tokenflow_hooks(model.unet, conv_site=thresholds.conv_site) as hooks:
+        for step, (t, alpha) in enumerate(zip(schedule.timesteps, schedule.alphas, strict=True)):
+            keyframes = draw_keyframes(thresholds.keyframe_seed, step, segs)
+            source = prepared.source[step]
+            now = Moment(
+                step,
+                t,
+                alpha,
+                keyframes,
+                source,
+                prepared.clean,
+                [],
+                source,
+                prompts,
+                thresholds,
+                len(schedule),
+                clip,
+            )
+            now.tokens, now.conv = _source_pass(denoiser, hooks, now, prompts.source.unsqueeze(0))
+            observe(now)
+            for name, method in methods.items():
+                noise = method(denoiser, hooks, now, x[name])
+                x[name] = move(x[name], noise, alpha, schedule.alpha_after(step))
+            on_step(1)
     return {name: decode(model, latents) for name, latents in x.items()}

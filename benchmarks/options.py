@@ -339,24 +339,24 @@ PLAIN: Final = Variant()
 """The default rebuilt from these parts; equal to it but for the order of sums."""
 
 
-def endpoint_errors(now: Moment, clip: Any, hooks: Hooks) -> dict[str, float]:
+def endpoint_errors(now: Moment, clip: Any, sites: Sequence[Site]) -> dict[str, float]:
     """Mean distance of the correspondences from the exact flow, in tokens, by site.
 
     Args:
         now: with its tokens.
         clip: the ground truth.
-        hooks: for the sites' names.
+        sites: of the tokens.
 
     Returns:
         Per site's module path; tokens that the keyframe does not show are left out.
     """
     near, index = neighbours(now), correspondences(now)
-    sums = {site.name: [0.0, 0] for site in hooks.sites}
+    sums = {site.name: [0.0, 0] for site in sites}
     for f, n in enumerate(near):
         for side, k in enumerate((n.first, n.second)):
             to = now.keyframes[k]
             flow, hidden = clip.flow(f, to), clip.occluded(f, to)
-            for site in hooks.sites:
+            for site in sites:
                 errors = _endpoint(index[site.index][f, side], flow, hidden)
                 sums[site.name][0] += float(errors.sum())
                 sums[site.name][1] += len(errors)

@@ -76,9 +76,8 @@ from tokenflow_batch.model_files import locate
 from tokenflow_batch.models import Model, resolve
 from tokenflow_batch.models import load as load_model
 from tokenflow_batch.sheet import contact_sheet
-from tokenflow_batch.tokenflow.attention import tokenflow_hooks
 from tokenflow_batch.tokenflow.denoise import Denoiser
-from tokenflow_batch.tokenflow.injection import CONV_SITE
+from tokenflow_batch.tokenflow.injection import CONV_SITE, attention_sites
 
 Frames = NDArray[np.uint8]
 
@@ -170,15 +169,13 @@ def run_scene(
     with progress_bars() as progress, progress(scene.wanted.caption, 26) as advance:
         prepared: Prepared = prepare(model, scene.clip, 25)
         advance(1)
-        with tokenflow_hooks(model.unet, conv_site=thresholds.conv_site) as hooks:
+        sites = attention_sites(model.unet)
 
-            def observe(now: Moment) -> None:
-                if now.step in _DIAGNOSED:
-                    endpoint[f"step {now.step}"] = endpoint_errors(now, scene.clip, hooks)
+        def observe(now: Moment) -> None:
+            if now.step in _DIAGNOSED:
+                endpoint[f"step {now.step}"] = endpoint_errors(now, scene.clip, sites)
 
-            videos = edit(
-                model, hooks, prepared, scene.wanted.caption, methods, thresholds, advance, observe
-            )
+        videos = edit(model, prepared, scene.wanted.caption, methods, thresholds, advance, observe)
     reconstruction = decode(model, prepared.clean)
     videos["reconstruction"] = reconstruction
     videos["perfect"] = np.stack(list(scene.wanted.frames()))

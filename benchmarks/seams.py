@@ -61,7 +61,7 @@ from tokenflow_batch.model_files import locate
 from tokenflow_batch.models import Model, resolve
 from tokenflow_batch.models import load as load_model
 from tokenflow_batch.tokenflow.anchors import look_of, spread_by_look
-from tokenflow_batch.tokenflow.attention import Hooks, tokenflow_hooks
+from tokenflow_batch.tokenflow.attention import Hooks
 from tokenflow_batch.tokenflow.denoise import Denoiser, EditSettings, predict_window
 from tokenflow_batch.tokenflow.injection import CONV_SITE
 from tokenflow_batch.tokenflow.keyframes import draw_keyframes, segments, true_neighbours
@@ -255,9 +255,8 @@ def measure(number: int, options: Options) -> dict[str, Any]:
         prepared = prepare(model, scene.clip, options.steps)
         advance(1)
         thresholds = Thresholds(conv_site=options.conv_site)
-        with tokenflow_hooks(model.unet, conv_site=thresholds.conv_site) as hooks:
-            ways = {way: WAYS[way] for way in options.ways}
-            videos = edit(model, hooks, prepared, scene.wanted.caption, ways, thresholds, advance)
+        ways = {way: WAYS[way] for way in options.ways}
+        videos = edit(model, prepared, scene.wanted.caption, ways, thresholds, advance)
     joins = plan(options.frames).joins
     videos["hue step"] = turn_hue(videos["windows"], joins)
     if options.sheets:

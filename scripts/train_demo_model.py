@@ -19,6 +19,8 @@ from typing import Annotated
 
 import typer
 
+from tokenflow_batch.demo.stills import TRAINED
+
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
 
 Work = Annotated[Path, typer.Option(help="Folder for everything that is made.")]
@@ -67,7 +69,9 @@ def latents(
     threads: Threads = 1,
     size: Annotated[int, typer.Option(help="Image side in pixels.")] = 64,
     count: Annotated[int, typer.Option(help="Scenes to encode.")] = 24_000,
-    pairs: Annotated[float, typer.Option(help="Share of scenes with two objects.")] = 0.3,
+    pairs: Annotated[float, typer.Option(min=0, max=1, help="Share with two objects.")] = (
+        TRAINED.pairs
+    ),
     name: Annotated[str, typer.Option(help="Folder within the work folder.")] = "latents",
 ) -> None:
     """Render and encode the UNet's training set.

@@ -10,7 +10,6 @@ import torch
 from tokenflow_batch.demo.scenes import Clip, recoloured
 from tokenflow_batch.model_files import locate
 from tokenflow_batch.models import load
-from tokenflow_batch.tokenflow.attention import tokenflow_hooks
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import beyond
@@ -29,8 +28,7 @@ def model(tiny_model, compute):
 def edited(model, clip, chosen, **thresholds):
     prepared = inverted.prepare(model, clip, steps=2)
     settings = methods.Thresholds(segment_length=3, **thresholds)
-    with tokenflow_hooks(model.unet) as hooks:
-        return methods.edit(model, hooks, prepared, "a red ball", chosen, settings)
+    return methods.edit(model, prepared, "a red ball", chosen, settings)
 
 
 @pytest.mark.parametrize("frames", [1, 3, 7])
