@@ -17,8 +17,6 @@ import methods
 import quality
 import seams
 
-from tokenflow_batch.tokenflow.attention import tokenflow_hooks
-
 
 def video(frames=64, jump=0.0, at=32, noise=0.2, seed=0, error=1.0):
     """Looks that flicker a little, and change by `jump` ΔE of the object at one frame."""
@@ -78,14 +76,10 @@ def edited(tiny_model, compute):
     """All ways of cutting a clip of 7 segments, on random weights."""
     model, clip = load(locate(str(tiny_model)), compute), Clip.random(3, 53, 32)
     prepared = inverted.prepare(model, clip, steps=2)
-    with tokenflow_hooks(model.unet) as hooks:
-        videos = methods.edit(
-            model, hooks, prepared, "a red ball", seams.WAYS, methods.Thresholds()
-        )
+    videos = methods.edit(model, prepared, "a red ball", seams.WAYS, methods.Thresholds())
     return quality.Scene(3, "color", clip, recoloured(clip, color="white")), videos
 
 
-@pytest.mark.slow
 def test_every_way_edits_every_frame_its_own_way(edited):
     scene, videos = edited
     assert {len(frames) for frames in videos.values()} == {len(scene.clip)}
@@ -94,7 +88,6 @@ def test_every_way_edits_every_frame_its_own_way(edited):
     assert same == []
 
 
-@pytest.mark.slow
 def test_verdicts_of_the_benchmark_name_every_way(edited):
     scene, videos = edited
     videos = {**videos, "hue step": seams.turn_hue(videos["windows"], seams.plan(53).joins)}
@@ -105,7 +98,6 @@ def test_verdicts_of_the_benchmark_name_every_way(edited):
     assert all(np.isfinite(row["value"]) for row in found["bounds"])
 
 
-@pytest.mark.slow
 def test_no_frame_is_left_without_a_prediction_at_a_join(edited):
     _, videos = edited
     apart = np.abs(videos["keyframes overlap"].astype(int) - videos["windows"]).mean(axis=(1, 2, 3))
