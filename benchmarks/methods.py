@@ -20,7 +20,7 @@ from inverted import BATCH, Prepared, decode
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tokenflow_batch.config import Settings
+from tokenflow_batch.demo.job import EDIT
 from tokenflow_batch.demo.scenes import Clip
 from tokenflow_batch.models import Model
 from tokenflow_batch.tokenflow.attention import (
@@ -35,7 +35,7 @@ from tokenflow_batch.tokenflow.ddim import (
     move,
 )
 from tokenflow_batch.tokenflow.denoise import Denoiser, EditSettings, Prompts, predict_window
-from tokenflow_batch.tokenflow.injection import CONV_SITE, Site
+from tokenflow_batch.tokenflow.injection import Site
 from tokenflow_batch.tokenflow.keyframes import (
     Neighbours,
     draw_keyframes,
@@ -57,7 +57,7 @@ from tokenflow_batch.tokenflow.windows import WindowMoment, batches
 
 @dataclass(frozen=True)
 class Thresholds:
-    """What an edit is run with.
+    """What an edit is run with; by default as the demo's.
 
     Attributes:
         guidance_scale: of the edit.
@@ -69,13 +69,13 @@ class Thresholds:
         conv_site: residual block whose convolution features are injected.
     """
 
-    guidance_scale: float = 5.0
-    attn_t: float = 0.8
-    f_t: float = 1.0
-    guidance_focus: float = Settings().guidance_focus
+    guidance_scale: float = EDIT.guidance_scale
+    attn_t: float = EDIT.attn_t
+    f_t: float = EDIT.f_t
+    guidance_focus: float = EDIT.guidance_focus
     segment_length: int = 8
     keyframe_seed: int = 0
-    conv_site: str = CONV_SITE
+    conv_site: str = EDIT.conv_site
 
 
 @dataclass

@@ -24,14 +24,12 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from tokenflow_batch.demo.job import write_clip
+from tokenflow_batch.demo.job import EDIT, write_clip
 from tokenflow_batch.demo.scenes import Clip, recoloured
 from tokenflow_batch.sheet import contact_sheet, sample_times
 from tokenflow_batch.video import probe, read_frames
 
 FPS = 24
-SITE = "up_blocks.2.resnets.1"
-"""Where the demo model's objects hold still."""
 TIMES = 20
 
 
@@ -48,13 +46,7 @@ def prepare(folder: Path, frames: int, size: int, seed: int) -> Path:
         "model": "demo",
         "output": "results/",
         "runtime": {"threads": 1},
-        "defaults": {
-            "preset": "fast",
-            "guidance_scale": 5.0,
-            "attn_t": 0.8,
-            "f_t": 1.0,
-            "conv_site": SITE,
-        },
+        "defaults": {"preset": "fast", **EDIT.model_dump(exclude_unset=True)},
         "clips": [
             {
                 "video": "clip.mp4",

@@ -68,9 +68,11 @@ from truth import background_psnr, gradient_energy, in_place, warp_errors
 
 from tokenflow_batch.config import Runtime
 from tokenflow_batch.console import progress_bars
+from tokenflow_batch.demo.job import EDIT
 from tokenflow_batch.demo.scenes import GROUND, Clip, Domain, recoloured
 from tokenflow_batch.demo.stills import FIRST, FULL
 from tokenflow_batch.demo.textures import GROUNDS
+from tokenflow_batch.errors import ModelError
 from tokenflow_batch.metrics import psnr
 from tokenflow_batch.model_files import locate
 from tokenflow_batch.models import Model, resolve
@@ -292,10 +294,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--kinds", default=",".join(KINDS), help="of " + ", ".join(KINDS))
     parser.add_argument("--domain", choices=tuple(DOMAINS), default="full")
     parser.add_argument("--model", default="demo", help="'demo' or a pipeline's folder")
-    parser.add_argument("--guidance-scale", type=float, default=5.0)
-    parser.add_argument("--attn-t", type=float, default=0.8)
-    parser.add_argument("--f-t", type=float, default=1.0)
-    parser.add_argument("--conv-site", default=CONV_SITE, help="where those are injected")
+    parser.add_argument("--guidance-scale", type=float, default=EDIT.guidance_scale)
+    parser.add_argument("--attn-t", type=float, default=EDIT.attn_t)
+    parser.add_argument("--f-t", type=float, default=EDIT.f_t)
+    parser.add_argument(
+        "--conv-site", default=CONV_SITE, help="where those are injected; SD's usual"
+    )
     parser.add_argument("--processes", type=int, default=2, help="scenes measured at once")
     parser.add_argument("--threads", type=int, default=1, help="of each process")
     parser.add_argument(
@@ -306,7 +310,12 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result here")
     parser.add_argument("--sheets", type=Path, metavar="DIR", help="write contact sheets here")
-    return parser.parse_args()
+    args = parser.parse_args()
+    try:
+        _tools(args.model, args.threads)[0].check_conv_site(args.conv_site)
+    except ModelError as error:
+        parser.error(str(error))
+    return args
 
 
 def main() -> None:

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 from fractions import Fraction
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 import yaml
 
+from tokenflow_batch.config import Settings
 from tokenflow_batch.demo.scenes import Clip, recoloured
 from tokenflow_batch.files import replacing
 from tokenflow_batch.video import Encoding, write_segment
 
 FPS = 12
+EDIT: Final = Settings(guidance_scale=5.0, attn_t=0.8, f_t=1.0, conv_site="up_blocks.2.resnets.1")
+"""What edits by the demo model are set to.
+
+Its hues drift at the usual guidance of 7.5, and its objects hold still at these thresholds. The
+site is a level finer than SD's usual one: like that at 512 pixels, it has 16 × 16 tokens at 128.
+"""
 
 
 def write_clip(path: Path, clip: Clip, *, fps: int = FPS, crf: int = 4) -> None:
@@ -39,15 +47,7 @@ def write_demo(folder: Path, *, frames: int, seed: int) -> Path:
         "version": 1,
         "model": "demo",
         "output": "results/",
-        # The small model's hues drift at the usual 7.5, and its objects hold still at these
-        # injection thresholds and this site, a level finer than SD's usual (model card).
-        "defaults": {
-            "preset": "balanced",
-            "guidance_scale": 5.0,
-            "attn_t": 0.8,
-            "f_t": 1.0,
-            "conv_site": "up_blocks.2.resnets.1",
-        },
+        "defaults": {"preset": "balanced", **EDIT.model_dump(exclude_unset=True)},
         "clips": [
             {
                 "video": "clip.mp4",
