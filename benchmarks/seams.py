@@ -8,8 +8,9 @@ seven minutes a way on two cores), all ways from the same inverted latents. At 6
 model draws half of the objects in another place than the source's, out of the masks; so 96:
 
 - one window: TokenFlow as published, the whole clip at once; every figure is relative to it;
-- windows: the default; 4 global anchors that differ in look, ramps over the overlap;
-- no anchors; anchors spread evenly over time; 8 anchors;
+- windows: the default; 4 global anchors that differ in look and weigh as many keyframes as they
+  stand for, ramps over the overlap;
+- anchors weigh alike, as one keyframe each; no anchors; anchors spread evenly over time; 8 anchors;
 - keyframes overlap: the cheaper way, ordinary frames are computed once and windows change at the
   middle of an overlap;
 - pieces: independent edits of as many segments, side by side.
@@ -54,8 +55,10 @@ from torch import Tensor
 
 from tokenflow_batch.config import Runtime
 from tokenflow_batch.console import progress_bars
+from tokenflow_batch.demo.job import EDIT
 from tokenflow_batch.demo.scenes import GROUND, OBJECT, Clip, recoloured
 from tokenflow_batch.demo.stills import FULL
+from tokenflow_batch.errors import ModelError
 from tokenflow_batch.metrics import look, warp_error
 from tokenflow_batch.model_files import locate
 from tokenflow_batch.models import Model, resolve
@@ -63,12 +66,12 @@ from tokenflow_batch.models import load as load_model
 from tokenflow_batch.tokenflow.anchors import look_of, spread_by_look
 from tokenflow_batch.tokenflow.attention import Hooks
 from tokenflow_batch.tokenflow.denoise import Denoiser, EditSettings, predict_window
-from tokenflow_batch.tokenflow.injection import CONV_SITE
 from tokenflow_batch.tokenflow.keyframes import draw_keyframes, segments, true_neighbours
 from tokenflow_batch.tokenflow.modes import DEFAULT
 from tokenflow_batch.tokenflow.windows import (
     Chunk,
     Layout,
+    Standing,
     WindowMoment,
 )
 
@@ -99,11 +102,13 @@ class Windows:
     Attributes:
         anchors: how many keyframes every window attends to.
         by_look: choose them by the source's look instead of evenly in time.
+        weighed: by how many keyframes they stand for.
         once: compute ordinary frames in one window alone, without ramps.
     """
 
     anchors: int = ANCHORS
     by_look: bool = True
+    weighed: bool = True
     once: bool = False
 
     def __call__(self, denoiser: Denoiser, hooks: Hooks, now: Moment, x: Tensor) -> Tensor:
@@ -112,8 +117,8 @@ class Windows:
         layout = plan(frames, self.anchors)
         if self.by_look:
             middles = [(s.start + s.stop) // 2 for s in layout.segments]
-            chosen = spread_by_look(look_of(now.clean[middles]), len(layout.anchors))
-            layout = replace(layout, anchors=chosen)
+            looks = look_of(now.clean[middles])
+            layout = layout.anchored(*spread_by_look(looks, len(layout.anchors)))
         inputs = Inputs(now, x, correspondences(now))
         settings = EditSettings(
             guidance=now.guidance(),
@@ -128,6 +133,8 @@ class Windows:
         owner = torch.stack([parts[w.index] for w in layout.windows]).argmax(dim=0)
         for window in layout.windows:
             moment = layout.moment(true_neighbours, drawn, window)
+            if not self.weighed:
+                moment = replace(moment, standing=alike(moment.standing))
             weight = parts[window.index]
             if self.once:  # of equal weights the earlier window's counts
                 weight = (owner == window.index).float()
@@ -146,6 +153,12 @@ class Windows:
             own = list(moment.frames)
             total[own] += weight[own].view(-1, 1, 1, 1) * noise
         return total
+
+
+def alike(standing: Standing) -> Standing:
+    """The same anchors, each for one keyframe."""
+    beyond = tuple(min(count, 1) for count in standing.beyond)
+    return Standing((1,) * len(standing), beyond, (1,) * len(standing.own))
 
 
 def only(moment: WindowMoment, frames: Sequence[int]) -> WindowMoment:
@@ -184,6 +197,7 @@ def piece_starts(frames: int) -> range:
 WAYS: Final[Mapping[str, Method]] = {
     "one window": TokenFlow(DEFAULT),
     "windows": Windows(),
+    "anchors weigh alike": Windows(weighed=False),
     "no anchors": Windows(anchors=0),
     "anchors over time": Windows(by_look=False),
     "8 anchors": Windows(anchors=8),
@@ -321,7 +335,7 @@ def main() -> None:
     )
     parser.add_argument("--model", default="demo", help="'demo' or a pipeline's folder")
     parser.add_argument(
-        "--conv-site", default=CONV_SITE, help="where Plug-and-Play injects features"
+        "--conv-site", default=EDIT.conv_site, help="where Plug-and-Play injects features"
     )
     parser.add_argument("--processes", type=int, default=2, help="scenes measured at once")
     parser.add_argument("--threads", type=int, default=1, help="of each process")
@@ -331,6 +345,10 @@ def main() -> None:
     ways = tuple(args.ways.split(","))
     if not set(JUDGED) <= set(ways) <= set(WAYS):
         parser.error(f"--ways: of {', '.join(WAYS)}, at least {', '.join(JUDGED)}")
+    try:
+        _model(args.model, args.threads).check_conv_site(args.conv_site)
+    except ModelError as error:
+        parser.error(str(error))
     options = Options(
         args.model,
         args.threads,

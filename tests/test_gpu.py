@@ -36,15 +36,19 @@ def usable(backend, dtype):
 @pytest.mark.parametrize("backend", ["xformers", "sdpa", "eager"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("width", [8, 40, 64, 80, 160])
-def test_attention_of_every_backend_is_what_the_formula_says(backend, dtype, width):
+@pytest.mark.parametrize("most", [1, 40])
+def test_attention_of_every_backend_is_what_the_formula_says(backend, dtype, width, most):
     if not usable(backend, dtype):
         pytest.skip(f"{backend} has no kernel for {dtype} here")
     q_KLHD, k_KLHD, v_KLHD = (normal(seed, 2, 300, 3, width).to(dtype) for seed in range(3))
     # As the UNet leaves heads, which no backend should have to copy.
     q, k, v = (x.transpose(1, 2) for x in (q_KLHD, k_KLHD, v_KLHD))
     scale = width**-0.5
-    exact = torch.softmax(q.double() @ k.double().transpose(-1, -2) * scale, dim=-1) @ v.double()
-    off = (attend(q, k, v, scale, backend).double() - exact).abs()
+    counts = normal(3, 300).abs().mul(most).clamp(1, most).ceil()
+    scores = q.double() @ k.double().transpose(-1, -2) * scale + counts.double().log()
+    exact = torch.softmax(scores, dim=-1) @ v.double()
+    given = None if most == 1 else counts.to(dtype)
+    off = (attend(q, k, v, scale, backend, given).double() - exact).abs()
     bound = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
     assert off.max() < bound
 

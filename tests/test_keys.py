@@ -40,9 +40,9 @@ LITERAL = {
     "encode": "79ca856a10d75d7cd4dd26fc",
     "invert": "57b8226633bc75b49cbaa6c0",
     "match": "72fa86ffbf5f3ea6417af307",
-    "edit": "506a996abf3141a9fd4dbd51",
-    "render": "db5de62a4a982cc6992bd741",
-    "report": "16d6f691130bf049f8407a7d",
+    "edit": "121183e49ed6dbbc82a1608d",
+    "render": "8b33787299af9a053d0161db",
+    "report": "8a96c2d4308c8308fbdab378",
 }
 
 

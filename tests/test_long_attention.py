@@ -5,7 +5,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from tokenflow_batch.tokenflow import long_attention
-from tokenflow_batch.tokenflow.attention import attend, merge_heads, split_heads
+from tokenflow_batch.tokenflow.attention import attend, merge_heads, split_heads, with_bias
 from tokenflow_batch.tokenflow.long_attention import LONG, attend_long, fits
 
 HEADS, WIDTH = 3, 8
@@ -48,9 +48,9 @@ def test_rows_far_below_their_bound_are_left_to_sdpa(monkeypatch):
     q[0, 1, 8:] *= 1e-4  # short queries have a near bound whatever the keys
     called = []
 
-    def counted(q, k, v, scale):
+    def counted(q, k, v, **how):
         called.append(tuple(q.shape))
-        return sdpa(q, k, v, scale=scale)
+        return sdpa(q, k, v, **how)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted)
     got = attend_long(q, k, v, 0.4)
@@ -86,3 +86,35 @@ def test_only_long_sequences_in_float32_on_a_cpu_without_gradients_go_there():
     assert torch.equal(attend(q, k, k, 0.4, "sdpa"), attend_long(q, k, k, 0.4))
     short = k[:, :, 1:]
     assert torch.equal(attend(q, short, short, 0.4, "sdpa"), sdpa(q, short, short, scale=0.4))
+
+
+@pytest.mark.parametrize("keys", [50, LONG + 3])
+@pytest.mark.parametrize("backend", ["sdpa", "eager"])
+def test_a_key_that_counts_three_times_is_as_three_keys(backend, keys):
+    q, k, v = (heads_of(s, n, 2) for s, n in enumerate((20, keys, keys)))
+    counts = torch.randint(1, 40, (keys,), generator=torch.Generator().manual_seed(5))
+    got = attend(q, k, v, 0.4, backend, counts.float())
+    many = (x.repeat_interleave(counts, dim=2) for x in (k, v))
+    torch.testing.assert_close(got.double(), formula(q, *many, 0.4), atol=2e-5, rtol=2e-5)
+
+
+def test_counts_hold_where_rows_are_left_to_sdpa():
+    q, k, v = (heads_of(s, 12) for s in range(3))
+    k[0, 1, 5] = 0
+    k[0, 1, 5, 0] = 1e4
+    q[0, 1, :, 0] = 0
+    counts = torch.arange(1, 13)
+    got = attend_long(q, k, v, 0.4, counts.float())
+    many = (x.repeat_interleave(counts, dim=2) for x in (k, v))
+    torch.testing.assert_close(got.double(), formula(q, *many, 0.4), atol=2e-5, rtol=2e-5)
+
+
+def test_a_channel_more_is_a_bias_of_the_keys():
+    """What GPUs' kernels are given, by the formula."""
+    q, k, v = (heads_of(s, n) for s, n in enumerate((20, 50, 50)))
+    counts = torch.randint(1, 40, (50,), generator=torch.Generator().manual_seed(5))
+    wide = with_bias(q, k, v, counts.log() / 0.4)
+    got = formula(*wide, 0.4)
+    assert not got[..., WIDTH:].any()
+    many = (x.repeat_interleave(counts, dim=2) for x in (k, v))
+    torch.testing.assert_close(got[..., :WIDTH], formula(q, *many, 0.4), atol=2e-5, rtol=2e-5)

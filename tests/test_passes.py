@@ -91,11 +91,11 @@ def test_sdpa_is_eager_attention_up_to_rounding(tokens, keys):
 def test_keyframes_in_one_sequence_share_keys_and_values_without_a_copy(unet, monkeypatch):
     joint, memory = keyframe_pass(branches=2, attention="sdpa", keep_tokens=False), []
 
-    def seen(q, k, v, scale, backend):
+    def seen(q, k, v, *how):
         memory.append(
             [x.untyped_storage().nbytes() // (x.element_size() * x.numel()) for x in (k, v)]
         )
-        return attend(q, k, v, scale, backend)
+        return attend(q, k, v, *how)
 
     monkeypatch.setattr(passes, "attend", seen)
     with tokenflow_hooks(unet, "sdpa") as hooks, hooks.during(joint):

@@ -16,7 +16,7 @@ from tokenflow_batch.tokenflow.attention import tokenflow_hooks
 from tokenflow_batch.tokenflow.keyframes import draw_keyframes
 from tokenflow_batch.tokenflow.modes import MODES
 from tokenflow_batch.tokenflow.passes import KeyframePass
-from tokenflow_batch.tokenflow.windows import Chunk, Layout, chunks
+from tokenflow_batch.tokenflow.windows import Chunk, Layout, Standing, chunks
 
 RULES = [mode.neighbours for mode in MODES.values()]
 
@@ -120,8 +120,34 @@ def test_one_frame_more_makes_a_second_window_with_anchors():
     assert [(w.start, w.stop) for w in layout.windows] == [(0, 128), (112, 129)]
     assert layout.anchors == (2, 6, 10, 14)
     _, (first, second) = moments(layout, RULES[0], 0)
-    assert first.foreign == (False,) * 4
-    assert second.foreign == (True, True, True, False)
+    assert first.standing.foreign == (False,) * 4
+    assert second.standing.foreign == (True, True, True, False)
+
+
+@given(layouts(), st.randoms())
+def test_those_attended_to_stand_for_the_whole_clip(layout, random):
+    count = len(layout.segments)
+    if layout.anchors and random.random() < 0.5:  # as if chosen by look
+        chosen = sorted(random.sample(range(count), len(layout.anchors)))
+        nearest = [random.randrange(len(chosen)) for _ in range(count)]
+        for i, anchor in enumerate(chosen):
+            nearest[anchor] = i
+        layout = layout.anchored(chosen, nearest)
+    _, found = moments(layout, RULES[0], 1)
+    for window, now in zip(layout.windows, found, strict=True):
+        standing, own = now.standing, {s.index for s in window.segments}
+        assert len(standing) == len(now.anchors) == len(layout.anchors)
+        if not layout.anchors:
+            assert standing == Standing()
+            continue
+        assert sum(standing.among) == sum(standing.seen) == count
+        assert len(standing.own) == len(now.keyframes)
+        assert standing.foreign == tuple(a not in own for a in layout.anchors)
+        assert all(
+            n == 1
+            for s, n in zip(sorted(own), standing.own, strict=True)
+            if s not in layout.anchors
+        )
 
 
 @pytest.mark.parametrize(("size", "overlap"), [(4, 0), (4, 3), (1, 1), (3, 2)])
@@ -139,10 +165,13 @@ def test_anchors_are_apart_in_look_and_leave_nothing_far_from_them(segments, cou
     draw = torch.Generator().manual_seed(seed)
     looks = torch.randn(kinds, 5, dtype=torch.float64, generator=draw)
     looks = looks[torch.randint(kinds, (segments,), generator=draw)]  # some are equal
-    chosen = spread_by_look(looks, count)
+    chosen, nearest = spread_by_look(looks, count)
     assert list(chosen) == sorted(set(chosen))
     assert len(chosen) == min(count, segments)
+    assert [nearest[a] for a in chosen] == list(range(len(chosen)))  # even among equals
     distance = torch.cdist(looks, looks)
+    found = distance[range(segments), [chosen[n] for n in nearest]]
+    torch.testing.assert_close(found, distance[:, list(chosen)].min(dim=1).values)
     others = [i for i in range(segments) if i not in chosen]
     if others and len(chosen) > 1:
         among = distance[list(chosen)][:, list(chosen)].fill_diagonal_(torch.inf)
@@ -157,14 +186,19 @@ def test_a_look_tells_light_and_place_but_not_noise():
     moved[..., :8] = 0
     looks = look_of(torch.cat([dark, dark + noise, light, light + noise, moved]))
     assert looks.shape == (10, 4 * 64)
-    chosen = spread_by_look(looks, 3)
+    chosen, _ = spread_by_look(looks, 3)
     assert {c // 4 for c in chosen} == {0, 1, 2}  # one of each
 
 
 # -- anchors in the keyframe pass ------------------------------------------------------------
 
 
-def joint(unet, x, branches, foreign):
+def once(foreign):
+    """Anchors that stand for themselves alone, in front of three keyframes."""
+    return Standing((1,) * len(foreign), tuple(map(int, foreign)), (1, 1, 1))
+
+
+def joint(unet, x, branches, standing):
     active = KeyframePass(
         branches=branches,
         inject_qk=False,
@@ -172,7 +206,7 @@ def joint(unet, x, branches, foreign):
         stored_conv_KChw=None,
         attention="eager",
         keep_tokens=branches == 3,
-        foreign=foreign,
+        standing=standing,
     )
     text = torch.randn(len(x), 5, 16, generator=torch.Generator().manual_seed(1))
     with tokenflow_hooks(unet, "eager") as hooks, hooks.during(active), torch.no_grad():
@@ -190,7 +224,7 @@ def test_anchors_come_out_the_same_in_every_window(unet, branches):
     outcomes = []
     for seed, foreign in ((1, (True, True)), (2, (True, False))):
         rows = torch.cat([anchors, frames_of(seed, 3)]).repeat(branches, 1, 1, 1)
-        active, noise = joint(unet, rows, branches, foreign)
+        active, noise = joint(unet, rows, branches, once(foreign))
         assert all(out.shape[:2] == (branches, 3) for out in active.outputs.values())
         outcomes.append(noise[:, :2])
     torch.testing.assert_close(*outcomes, atol=1e-5, rtol=1e-4)
@@ -201,9 +235,9 @@ def test_a_window_attends_to_foreign_anchors_and_to_no_other(unet):
 
     def last(anchors, foreign):
         rows = torch.cat([anchors, own]).repeat(2, 1, 1, 1)
-        return joint(unet, rows, 2, foreign)[1][:, -3:]
+        return joint(unet, rows, 2, once(foreign))[1][:, -3:]
 
-    plain = joint(unet, own.repeat(2, 1, 1, 1), 2, ())[1]
+    plain = joint(unet, own.repeat(2, 1, 1, 1), 2, Standing())[1]
     none = last(frames_of(0, 2), (False, False))
     torch.testing.assert_close(none, plain, atol=1e-5, rtol=1e-4)
     seen = last(frames_of(0, 2), (True, False))
@@ -214,6 +248,20 @@ def test_a_window_attends_to_foreign_anchors_and_to_no_other(unet):
     assert (last(changed, (True, False)) - seen).abs().max() > 1e-4
     alone = last(frames_of(0, 1), (True,))
     assert (alone - seen).abs().max() > 1e-4
+
+
+def test_an_anchor_that_stands_for_three_is_as_three_of_it(unet):
+    own, (first, second) = frames_of(1, 3), frames_of(0, 2).split(1)
+
+    def last(anchors, standing):
+        rows = torch.cat([anchors, own]).repeat(2, 1, 1, 1)
+        return joint(unet, rows, 2, standing)[1][:, -3:]
+
+    one = last(torch.cat([first, second]), Standing((3, 1), (3, 1), (1, 1, 1)))
+    three = last(torch.cat([first, first, first, second]), Standing((1,) * 4, (1,) * 4, (1,) * 3))
+    torch.testing.assert_close(one, three, atol=1e-5, rtol=1e-4)
+    alike = last(torch.cat([first, second]), Standing((1, 1), (1, 1), (1, 1, 1)))
+    assert (one - alike).abs().max() > 1e-3
 
 
 # -- whole jobs ------------------------------------------------------------------------------

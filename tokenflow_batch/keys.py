@@ -21,7 +21,7 @@ VERSIONS: Mapping[StageName, int] = {
     "encode": 2,
     "invert": 2,
     "match": 3,
-    "edit": 8,
+    "edit": 9,
     "render": 1,
     "report": 2,
 }

@@ -187,7 +187,9 @@ def _edit(s: Settings, frames: int, mode: Mode, cuts: Sequence[int]) -> Counter[
         for window in layout.windows:
             now = layout.moment(mode.neighbours, drawn, window)
             together = len(now.keyframes) + len(now.anchors)
-            call = UNetCall("keyframes", together, joint, conv, qk, 0, now.foreign, guided, focused)
+            call = UNetCall(
+                "keyframes", together, joint, conv, qk, 0, now.standing.foreign, guided, focused
+            )
             total[call] += 1
             if conv and recomputes_conv(s) and not own:
                 total += _partial(s, now, qk=qk)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -106,12 +106,12 @@ def _anchored(context: StageContext, folder: StageFolder, clip: Clip) -> Layout:
         middles = [(s.start + s.stop) // 2 for s in layout.segments]
         parts = batches(middles, context.settings.unet_batch)
         looks = torch.cat([look_of(clean.read(part)) for part in parts])
-        chosen = spread_by_look(looks, len(layout.anchors))
-        folder.commit(ANCHORS, (), {"segments": chosen})
+        chosen, nearest = spread_by_look(looks, len(layout.anchors))
+        folder.commit(ANCHORS, (), {"segments": chosen, "nearest": nearest})
 
     context.sharing.once(folder, ANCHORS, choose)
     record = folder.check(ANCHORS)
-    return replace(layout, anchors=tuple(record.facts["segments"]))
+    return layout.anchored(record.facts["segments"], record.facts["nearest"])
 
 
 def _edit_settings(context: StageContext, latent_hw: tuple[int, int]) -> EditSettings:

@@ -1,6 +1,7 @@
 """Which keyframes of a long clip every window attends to: those that differ most in look.
 
-Shape letters: N frames, K segments, C h w latent channels and size, D numbers that make up a look.
+Shape letters: N frames, K segments, A anchors, C h w latent channels and size, D numbers that make
+up a look.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ def look_of(latents_NChw: Tensor) -> Tensor:
     return functional.adaptive_avg_pool2d(latents_NChw.double(), 8).flatten(1)
 
 
-def spread_by_look(looks_KD: Tensor, count: int) -> tuple[int, ...]:
+def spread_by_look(looks_KD: Tensor, count: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The segments that differ most in look: farthest-point sampling (Gonzalez, 1985).
 
     The first is the one most like all others; every next is the one farthest from its nearest among
@@ -33,7 +34,8 @@ def spread_by_look(looks_KD: Tensor, count: int) -> tuple[int, ...]:
         count: how many.
 
     Returns:
-        min(count, K) different indices, ascending.
+        min(count, K) different indices, ascending; and for every segment which of them, by
+        position, is the most like it: an anchor itself, else the earliest of equals.
     """
     looks = looks_KD.cpu()
     chosen: list[int] = []
@@ -43,4 +45,9 @@ def spread_by_look(looks_KD: Tensor, count: int) -> tuple[int, ...]:
         chosen.append(int(nearest.argmax() if chosen else start.argmin()))
         nearest = nearest.minimum((looks - looks[chosen[-1]]).square().sum(dim=1))
         nearest[chosen] = -1.0  # those never again, even among equals
-    return tuple(sorted(chosen))
+    if not chosen:
+        return (), ()
+    chosen.sort()
+    apart_KA = torch.stack([(looks - looks[c]).square().sum(dim=1) for c in chosen], dim=1)
+    apart_KA[chosen] = 1.0 - torch.eye(len(chosen), dtype=looks.dtype)
+    return tuple(chosen), tuple(apart_KA.argmin(dim=1).tolist())

@@ -16,6 +16,7 @@ from typing import Any, Literal, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from tokenflow_batch.clock import measured
 from tokenflow_batch.tokenflow.compiled import uncompiled
@@ -65,7 +66,12 @@ def _xformers_works(dtype: torch.dtype) -> bool:
 
 @measured("attention")
 def attend(
-    q_NHLD: Tensor, k_NHMD: Tensor, v_NHMD: Tensor, scale: float, backend: AttentionBackend
+    q_NHLD: Tensor,
+    k_NHMD: Tensor,
+    v_NHMD: Tensor,
+    scale: float,
+    backend: AttentionBackend,
+    counts_M: Tensor | None = None,
 ) -> Tensor:
     """Softmax attention, (N, H, L, D).
 
@@ -73,18 +79,66 @@ def attend(
     without a copy; for long sequences on a CPU `sdpa` is `attend_long`. `eager` does hold it: it is
     the published code's arithmetic, whose rounding decides near-ties between tokens, for comparison
     with its vectors.
+
+    Args:
+        q_NHLD: queries.
+        k_NHMD: keys.
+        v_NHMD: values.
+        scale: of the scores.
+        backend: see above.
+        counts_M: how often each key is there, as it were; once, if not given.
     """
     if backend == "eager":
-        weights = torch.softmax(q_NHLD @ k_NHMD.transpose(-1, -2) * scale, dim=-1)
-        return weights @ v_NHMD
+        scores = q_NHLD @ k_NHMD.transpose(-1, -2) * scale
+        if counts_M is not None:
+            scores = scores + counts_M.log()
+        return torch.softmax(scores, dim=-1) @ v_NHMD
+    if backend == "sdpa" and fits(q_NHLD, k_NHMD, v_NHMD):
+        return attend_long(q_NHLD, k_NHMD, v_NHMD, scale, counts_M)
+    if counts_M is None:
+        return _kernel(q_NHLD, k_NHMD, v_NHMD, scale, backend)
+    if q_NHLD.is_cuda:
+        wide = with_bias(q_NHLD, k_NHMD, v_NHMD, counts_M.float().log() / scale)
+        return _kernel(*wide, scale, backend)[..., :-_EXTRA]
+    mask = counts_M.log().expand(1, 1, q_NHLD.shape[2], -1)
+    return functional.scaled_dot_product_attention(
+        q_NHLD, k_NHMD, v_NHMD, attn_mask=mask, scale=scale
+    )
+
+
+def _kernel(
+    q_NHLD: Tensor, k_NHMD: Tensor, v_NHMD: Tensor, scale: float, backend: AttentionBackend
+) -> Tensor:
     if backend == "xformers":
         from xformers.ops import memory_efficient_attention
 
         rows = [x.transpose(1, 2).contiguous() for x in (q_NHLD, k_NHMD, v_NHMD)]
         return cast(Tensor, memory_efficient_attention(*rows, scale=scale)).transpose(1, 2)
-    if fits(q_NHLD, k_NHMD, v_NHMD):
-        return attend_long(q_NHLD, k_NHMD, v_NHMD, scale)
-    return torch.nn.functional.scaled_dot_product_attention(q_NHLD, k_NHMD, v_NHMD, scale=scale)
+    return functional.scaled_dot_product_attention(q_NHLD, k_NHMD, v_NHMD, scale=scale)
+
+
+_EXTRA = 8
+"""Channels more where keys have a bias: GPUs' kernels want multiples of so many."""
+
+
+def with_bias(
+    q_NHLD: Tensor, k_NHMD: Tensor, v_NHMD: Tensor, bias_M: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values whose plain attention has `bias_M` added to every score.
+
+    A mask would do the same, and rule out the fastest kernels of a GPU. So a channel more: 1 in
+    every query, the bias in the keys.
+
+    Args:
+        q_NHLD: queries.
+        k_NHMD: keys.
+        v_NHMD: values, which get zeros, as kernels want them as wide.
+        bias_M: before the scores are scaled.
+    """
+    q_NHLD, k_NHMD, v_NHMD = (functional.pad(x, (0, _EXTRA)) for x in (q_NHLD, k_NHMD, v_NHMD))
+    q_NHLD[..., -1] = 1
+    k_NHMD[..., -1] = bias_M.to(k_NHMD)
+    return q_NHLD, k_NHMD, v_NHMD
 
 
 def split_heads(x_NLC: Tensor, heads: int) -> Tensor:

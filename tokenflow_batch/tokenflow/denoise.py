@@ -271,7 +271,7 @@ def _keyframe_pass(
         stored_conv_KChw=inputs.conv([*window.anchors, *window.keyframes]) if stored else None,
         attention=hooks.attention,
         keep_tokens=not settings.mode.stored_source,
-        foreign=window.foreign,
+        standing=window.standing,
         guided=guided,
     )
 

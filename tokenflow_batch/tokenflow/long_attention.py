@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 LONG = 4096
 """Keys from which it is worth it."""
@@ -36,8 +37,10 @@ def fits(q_NHLD: Tensor, k_NHMD: Tensor, v_NHMD: Tensor) -> bool:
     return on_cpu and k_NHMD.shape[2] >= LONG and not needed
 
 
-def attend_long(q_NHLD: Tensor, k_NHMD: Tensor, v_NHMD: Tensor, scale: float) -> Tensor:
-    """softmax(scale · q kᵀ) v, (N, H, L, D).
+def attend_long(
+    q_NHLD: Tensor, k_NHMD: Tensor, v_NHMD: Tensor, scale: float, counts_M: Tensor | None = None
+) -> Tensor:
+    """softmax(scale · q kᵀ + log counts) v, (N, H, L, D).
 
     Holds, besides the result, one head's keys and values and a tile of scores per thread.
 
@@ -46,20 +49,29 @@ def attend_long(q_NHLD: Tensor, k_NHMD: Tensor, v_NHMD: Tensor, scale: float) ->
         k_NHMD: keys.
         v_NHMD: values.
         scale: of the scores.
+        counts_M: how often each key is there, as it were; once, if not given.
     """
     n, heads, length, width = q_NHLD.shape
     out_NHLD = q_NHLD.new_empty(n, length, heads, width).transpose(1, 2)
     for row in range(n):
         for head in range(heads):
-            _one_head(
-                q_NHLD[row, head], k_NHMD[row, head], v_NHMD[row, head], scale, out_NHLD[row, head]
-            )
+            q_LD, k_MD, v_MD = (x[row, head] for x in (q_NHLD, k_NHMD, v_NHMD))
+            _one_head(q_LD, k_MD, v_MD, scale, counts_M, out_NHLD[row, head])
     return out_NHLD
 
 
-def _one_head(q_LD: Tensor, k_MD: Tensor, v_MD: Tensor, scale: float, out_LD: Tensor) -> None:
+def _one_head(
+    q_LD: Tensor,
+    k_MD: Tensor,
+    v_MD: Tensor,
+    scale: float,
+    counts_M: Tensor | None,
+    out_LD: Tensor,
+) -> None:
     width, side_by_side = q_LD.shape[1], torch.get_num_threads()
     k_MW, v_MV = _with_ones(k_MD, width + 1), _with_ones(v_MD, -(-(width + 1) // _VECTOR) * _VECTOR)
+    if counts_M is not None:  # in the sums above and below the line
+        v_MV *= counts_M.unsqueeze(-1)
     longest = k_MD.norm(dim=-1).max()
     scores = q_LD.new_empty(side_by_side * _ROWS * _KEYS)
     for start in range(0, len(q_LD), side_by_side * _ROWS):
@@ -71,7 +83,10 @@ def _one_head(q_LD: Tensor, k_MD: Tensor, v_MD: Tensor, scale: float, out_LD: Te
         total_R1 = sums_RV[:, width : width + 1]
         if total_R1.min() < _LEAST:
             q, k, v = (x[None, None] for x in (q_LD[rows], k_MD, v_MD))
-            out_LD[rows] = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scale)
+            mask = None if counts_M is None else counts_M.log().expand(1, 1, len(q_RD), -1)
+            out_LD[rows] = functional.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, scale=scale
+            )
         else:  # what is no number, too: SDPA would make zeros of it
             out_LD[rows] = sums_RV[:, :width] / total_R1
 

@@ -21,6 +21,7 @@ from tokenflow_batch.tokenflow.attention import (
 )
 from tokenflow_batch.tokenflow.focus import Focus
 from tokenflow_batch.tokenflow.injection import Site
+from tokenflow_batch.tokenflow.windows import UNANCHORED, Standing
 
 
 class Enough(Exception):  # noqa: N818 - nothing is wrong
@@ -128,7 +129,8 @@ class KeyframePass:
 
     A window of a long clip brings anchors along, A keyframes of the whole clip, in front of its own
     in every branch. They attend among themselves, so that they come out the same in every window;
-    the window's keyframes attend to those anchors that are `foreign` to it, and to each other.
+    the window's keyframes attend to those anchors that are `foreign` to it, and to each other. Each
+    weighs as many times as it stands for keyframes of the clip, as if those were there instead.
 
     Attributes:
         outputs: per site, the self-attention output of the window's own keyframes after `to_out`,
@@ -146,7 +148,7 @@ class KeyframePass:
         stored_conv_KChw: Tensor | None,
         attention: AttentionBackend,
         keep_tokens: bool = False,
-        foreign: Sequence[bool] = (),
+        standing: Standing = UNANCHORED,
         guided: bool = True,
         focus: Focus | None = None,
     ) -> None:
@@ -159,7 +161,7 @@ class KeyframePass:
             stored_conv_KChw: those, anchors included; None takes them from the source branch.
             attention: backend.
             keep_tokens: for finding correspondences on the way.
-            foreign: per anchor, whether it is none of the window's keyframes.
+            standing: of anchors and keyframes; none where there are no anchors.
             guided: whether the batch has the negative branch.
             focus: watches the target branch meanwhile.
         """
@@ -170,15 +172,15 @@ class KeyframePass:
             raise ValueError("keeping source tokens needs the source branch in the batch")
         self.branches, self.inject_qk, self.inject_conv = branches, inject_qk, inject_conv
         self.stored_conv_KChw, self.attention = stored_conv_KChw, attention
-        self.keep_tokens, self.foreign = keep_tokens, tuple(foreign)
+        self.keep_tokens, self.standing = keep_tokens, standing
         self.outputs: dict[int, Tensor] = {}
         self.tokens: dict[int, Tensor] = {}
         self.conv: Tensor | None = None
 
     def frame_pairs(self, frames: int) -> int:
         """How many (frame, frame) pairs attend, of all branches, for so many frames a branch."""
-        anchors = len(self.foreign)
-        seen = frames - anchors + sum(self.foreign)
+        anchors = len(self.standing)
+        seen = frames - anchors + sum(self.standing.foreign)
         joint = anchors**2 + (frames - anchors) * seen
         return self.edited * joint + (self.branches - self.edited) * frames
 
@@ -190,7 +192,7 @@ class KeyframePass:
         plain: Callable[[], Tensor],  # noqa: ARG002
     ) -> Tensor:
         """Extended attention; keeps the output for the propagation pass."""
-        frames, anchors = len(tokens_NLC) // self.branches, len(self.foreign)
+        frames, anchors = len(tokens_NLC) // self.branches, len(self.standing)
         if self.keep_tokens:
             self.tokens[site.index] = tokens_NLC[anchors:frames]
         q_RKHLD, k_RKHLD, v_RKHLD = (
@@ -206,28 +208,35 @@ class KeyframePass:
                 joined.append(merge_heads(attend(q, k, v, attn.scale, self.attention)))
                 continue
             if anchors:
-                joined.append(self._together(attn, q[:anchors], k[:anchors], v[:anchors]))
+                among = self.standing.among
+                joined.append(self._together(attn, q[:anchors], k[:anchors], v[:anchors], among))
                 q, k, v = q[anchors:], k[self._seen(frames)], v[self._seen(frames)]
-            joined.append(self._together(attn, q, k, v))
+            joined.append(self._together(attn, q, k, v, self.standing.seen))
         out_NLC: Tensor = attn.to_out[1](attn.to_out[0](torch.cat(joined)))
         self.outputs[site.index] = out_NLC.unflatten(0, (self.branches, frames))[:, anchors:]
         return out_NLC
 
     def _seen(self, frames: int) -> slice | list[int]:
         """Whom the window's keyframes attend to; a slice, which copies nothing, where it can."""
-        if all(self.foreign):
+        foreign = self.standing.foreign
+        if all(foreign):
             return slice(None)
-        anchors = len(self.foreign)
-        return [a for a in range(frames) if a >= anchors or self.foreign[a]]
+        return [a for a in range(frames) if a >= len(foreign) or foreign[a]]
 
-    def _together(self, attn: Any, q_KHLD: Tensor, k_MHLD: Tensor, v_MHLD: Tensor) -> Tensor:
+    def _together(
+        self, attn: Any, q_KHLD: Tensor, k_MHLD: Tensor, v_MHLD: Tensor, counts: Sequence[int] = ()
+    ) -> Tensor:
         """Attention of frames to the tokens of all given ones as one sequence, (K, L, H·D).
 
         All frames' queries are one sequence too, so that there is one K and one V for all of them;
-        both are views of what the projections gave.
+        both are views of what the projections gave. `counts` says how many each frame attended to
+        stands for, where it isn't one.
         """
         q, k, v = (x.transpose(0, 1).flatten(1, 2).unsqueeze(0) for x in (q_KHLD, k_MHLD, v_MHLD))
-        out = merge_heads(attend(q, k, v, attn.scale, self.attention))
+        many_M = None
+        if any(count != 1 for count in counts):
+            many_M = k.new_tensor(counts).repeat_interleave(k_MHLD.shape[2])
+        out = merge_heads(attend(q, k, v, attn.scale, self.attention, many_M))
         return out.reshape(len(q_KHLD), q_KHLD.shape[2], -1)
 
     def conv_features(self, features_NChw: Tensor) -> Tensor:
@@ -237,5 +246,5 @@ class KeyframePass:
         source_KChw = self.stored_conv_KChw
         if source_KChw is None:
             source_KChw = features_NChw.chunk(self.branches)[0]
-        self.conv = source_KChw[len(self.foreign) :]
+        self.conv = source_KChw[len(self.standing) :]
         return inject_conv(features_NChw, self.branches, source_KChw, self.edited)

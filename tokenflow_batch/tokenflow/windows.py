@@ -7,15 +7,18 @@ render). Neither depends on what has been computed before, so any order gives th
 Neighbouring windows share segments. Within those a frame belongs to a window if both keyframes
 that it looks at are the window's; where it belongs to two, their predictions are blended by a ramp.
 A few *anchors*, keyframes that differ in look as much as the clip allows, are attended to by every
-window, so that windows far apart agree on what things look like.
+window, so that windows far apart agree on what things look like. Each stands for all keyframes that
+it is the most like of the anchors, and weighs as much as those that a window doesn't have: so every
+window attends, as nearly as it can, to the keyframes of the whole clip.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import pairwise
-from typing import TypeVar
+from typing import Final, TypeVar
 
 from tokenflow_batch.tokenflow.keyframes import (
     NeighbourRule,
@@ -86,7 +89,9 @@ class Layout:
         segments: of the whole clip, in order.
         windows: over the segments, in order; one if the clip is no longer than a window.
         anchors: the segments whose keyframes every window attends to, ascending; none if there is
-            one window. Spread evenly until `anchors.spread_by_look` has chosen them.
+            one window. Spread evenly until `anchored` by look.
+        nearest: per segment, which of the anchors stands for it; until then none, which is the
+            nearest in time.
     """
 
     frames: int
@@ -95,6 +100,7 @@ class Layout:
     segments: tuple[Segment, ...]
     windows: tuple[Window, ...]
     anchors: tuple[int, ...]
+    nearest: tuple[int, ...] = ()
 
     @classmethod
     def plan(
@@ -135,6 +141,16 @@ class Layout:
         spread = tuple(sorted({(2 * i + 1) * len(segs) // (2 * count) for i in range(count)}))
         return cls(frames, length, tuple(cuts), segs, windows, spread)
 
+    def anchored(self, anchors: Sequence[int], nearest: Sequence[int]) -> Layout:
+        """The same with chosen anchors.
+
+        Args:
+            anchors: segments, ascending.
+            nearest: per segment of the clip, which of the anchors stands for it; an anchor for its
+                own.
+        """
+        return replace(self, anchors=tuple(anchors), nearest=tuple(nearest))
+
     @property
     def joins(self) -> tuple[int, ...]:
         """Where one window hands over to the next: the middle frames of their overlaps."""
@@ -168,7 +184,7 @@ class Layout:
             drawn: the keyframes of all segments.
             window: one of `windows`.
         """
-        first = window.segments[0].index
+        first, last = window.segments[0].index, window.segments[-1].index
         frames = self.own_frames(rule, drawn, window)
         near = (self.neighbours(rule, drawn, f) for f in frames)
         return WindowMoment(
@@ -178,8 +194,30 @@ class Layout:
                 replace(n, first=n.first - first, second=n.second - first) for n in near
             ),
             anchors=tuple(drawn[a] for a in self.anchors),
-            foreign=tuple(not first <= a <= window.segments[-1].index for a in self.anchors),
+            standing=self._standing(first, last) if self.anchors else UNANCHORED,
         )
+
+    @cached_property
+    def _represented(self) -> tuple[int, ...]:
+        """`nearest`, found in time where it hasn't been chosen; of equals the earlier."""
+        if self.nearest:
+            return self.nearest
+        return tuple(
+            min(range(len(self.anchors)), key=lambda i: abs(self.anchors[i] - s.index))
+            for s in self.segments
+        )
+
+    def _standing(self, first: int, last: int) -> Standing:
+        """How many keyframes each stands for that a window of these segments attends to."""
+        among = [self._represented.count(i) for i in range(len(self.anchors))]
+        inside = self._represented[first : last + 1]
+        beyond = [count - inside.count(i) for i, count in enumerate(among)]
+        own = [1] * len(inside)
+        for i, anchor in enumerate(self.anchors):
+            if first <= anchor <= last:
+                own[anchor - first] += beyond[i]
+                beyond[i] = 0
+        return Standing(tuple(among), tuple(beyond), tuple(own))
 
     def blend(
         self, rule: NeighbourRule, drawn: Sequence[int], chunk: Chunk
@@ -213,6 +251,40 @@ def _share(own: dict[int, range], window: int, frame: int) -> float:
 
 
 @dataclass(frozen=True)
+class Standing:
+    """How many of the clip's keyframes those stand for that attend to each other in a window.
+
+    Attributes:
+        among: per anchor, as the anchors see it: of the whole clip.
+        beyond: per anchor, as the window's keyframes see it: of those outside the window; 0 if it
+            is one of theirs.
+        own: per keyframe of the window: itself, and those beyond if it is an anchor.
+    """
+
+    among: tuple[int, ...] = ()
+    beyond: tuple[int, ...] = ()
+    own: tuple[int, ...] = ()
+
+    def __len__(self) -> int:
+        """Of the anchors."""
+        return len(self.among)
+
+    @property
+    def foreign(self) -> tuple[bool, ...]:
+        """Per anchor, whether it is none of the window's own keyframes."""
+        return tuple(count > 0 for count in self.beyond)
+
+    @property
+    def seen(self) -> tuple[int, ...]:
+        """Of all that the window's keyframes attend to: foreign anchors, then its own."""
+        return (*(count for count in self.beyond if count), *self.own)
+
+
+UNANCHORED: Final = Standing()
+"""Of a window without anchors."""
+
+
+@dataclass(frozen=True)
 class WindowMoment:
     """A window at one sampling step.
 
@@ -221,15 +293,15 @@ class WindowMoment:
         keyframes: its segments' keyframes, absolute and ascending.
         neighbours: per frame, positions among `keyframes`.
         anchors: keyframes of the whole clip, absolute, that attend among themselves.
-        foreign: per anchor, whether it is none of the window's own keyframes; the window's
-            keyframes attend to those.
+        standing: how many of the clip's keyframes anchors and keyframes stand for; the window's
+            attend to those anchors that are `foreign` to it.
     """
 
     frames: range
     keyframes: tuple[int, ...]
     neighbours: tuple[Neighbours, ...]
     anchors: tuple[int, ...] = ()
-    foreign: tuple[bool, ...] = ()
+    standing: Standing = UNANCHORED
 
     @classmethod
     def whole(
