@@ -4,8 +4,9 @@
 
 Moving generated clips (changing light, a post in front, zoom and rotation, plain) are edited by
 colour and texture in turn, in windows of 4 segments that share 2 (40 joins at the defaults, some
-seven minutes a way on two cores), all ways from the same inverted latents. At 64 pixels the demo
-model draws half of the objects in another place than the source's, out of the masks; so 96:
+seven minutes a way on two cores), all ways from the same inverted latents. At 64 pixels, or with
+features injected at SD's usual site, the demo model draws half of the objects in another place than
+the source's, out of the masks; so 96, and the demo's site:
 
 - one window: TokenFlow as published, the whole clip at once; every figure is relative to it;
 - windows: the default; 4 global anchors that differ in look and weigh as many keyframes as they
