@@ -11,7 +11,8 @@ the source's, out of the masks; so 96, and the demo's site:
 - one window: TokenFlow as published, the whole clip at once; every figure is relative to it;
 - windows: the default; 4 global anchors that differ in look and weigh as many keyframes as they
   stand for, ramps over the overlap;
-- anchors weigh alike, as one keyframe each; no anchors; anchors spread evenly over time; 8 anchors;
+- anchors weigh alike, as one keyframe each; no anchors; anchors spread evenly over time;
+  anchors drawn anew at every step; 8 anchors;
 - keyframes overlap: the cheaper way, ordinary frames are computed once and windows change at the
   middle of an overlap;
 - pieces: independent edits of as many segments, side by side.
@@ -104,19 +105,23 @@ class Windows:
         anchors: how many keyframes every window attends to.
         by_look: choose them by the source's look instead of evenly in time.
         weighed: by how many keyframes they stand for.
+        per_step: other ones at every step, evenly over time from a drawn segment on.
         once: compute ordinary frames in one window alone, without ramps.
     """
 
     anchors: int = ANCHORS
     by_look: bool = True
     weighed: bool = True
+    per_step: bool = False
     once: bool = False
 
     def __call__(self, denoiser: Denoiser, hooks: Hooks, now: Moment, x: Tensor) -> Tensor:
         """See `Method`."""
         frames, drawn = len(x), now.keyframes
         layout = plan(frames, self.anchors)
-        if self.by_look:
+        if self.per_step:
+            layout = layout.anchored(*drawn_anchors(layout, now.step))
+        elif self.by_look:
             middles = [(s.start + s.stop) // 2 for s in layout.segments]
             looks = look_of(now.clean[middles])
             layout = layout.anchored(*spread_by_look(looks, len(layout.anchors)))
@@ -154,6 +159,16 @@ class Windows:
             own = list(moment.frames)
             total[own] += weight[own].view(-1, 1, 1, 1) * noise
         return total
+
+
+def drawn_anchors(layout: Layout, step: int) -> tuple[list[int], list[int]]:
+    """As many anchors as a layout has, of a step: and which one is the nearest to each segment."""
+    count = len(layout.segments)
+    first = int(np.random.default_rng([7, step]).integers(count))
+    apart = count / len(layout.anchors)
+    chosen = sorted({int(first + i * apart) % count for i in range(len(layout.anchors))})
+    near = [min(range(len(chosen)), key=lambda i: abs(chosen[i] - k)) for k in range(count)]
+    return chosen, near
 
 
 def alike(standing: Standing) -> Standing:
@@ -201,6 +216,7 @@ WAYS: Final[Mapping[str, Method]] = {
     "anchors weigh alike": Windows(weighed=False),
     "no anchors": Windows(anchors=0),
     "anchors over time": Windows(by_look=False),
+    "anchors per step": Windows(per_step=True),
     "8 anchors": Windows(anchors=8),
     "keyframes overlap": Windows(once=True),
     "pieces": pieces,
