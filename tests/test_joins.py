@@ -75,7 +75,7 @@ def test_hues_turn_in_every_other_run():
 def edited(tiny_model, compute):
     """All ways of cutting a clip of 7 segments, on random weights."""
     model, clip = load(locate(str(tiny_model)), compute), Clip.random(3, 53, 32)
-    prepared = inverted.prepare(model, clip, steps=2)
+    prepared = inverted.prepare(model, clip, steps=3)
     videos = methods.edit(model, prepared, "a red ball", seams.WAYS, methods.Thresholds())
     return quality.Scene(3, "color", clip, recoloured(clip, color="white")), videos
 
