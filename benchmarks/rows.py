@@ -41,7 +41,7 @@ from tokenflow_batch.tokenflow.injection import CONV_SITE
 from tokenflow_batch.tokenflow.keyframes import Neighbours
 from tokenflow_batch.tokenflow.passes import Enough, FeaturePass, KeyframePass
 from tokenflow_batch.tokenflow.propagation import PropagationPass
-from tokenflow_batch.tokenflow.windows import UNANCHORED, Standing
+from tokenflow_batch.tokenflow.windows import Standing
 from tokenflow_batch.video import VideoFacts, probe
 
 STAGES: tuple[StageName, ...] = ("invert", "match", "edit")
@@ -85,9 +85,6 @@ class MetaUNet:
 
     def _joint(self, call: UNetCall) -> KeyframePass:
         text, hw = torch.empty(self.embed_shape, device="meta"), self.frame_shape[1:]
-        own = call.frames - len(call.anchors)
-        beyond = tuple(int(foreign) for foreign in call.anchors)
-        standing = Standing((1,) * len(beyond), beyond, (1,) * own) if beyond else UNANCHORED
         return KeyframePass(
             branches=call.branches,
             inject_qk=call.qk,
@@ -95,7 +92,7 @@ class MetaUNet:
             stored_conv_KChw=None,
             attention="sdpa",
             keep_tokens=call.branches > 1 + call.guided,
-            standing=standing,
+            standing=Standing.alone(call.anchors, call.frames - len(call.anchors)),
             guided=call.guided,
             focus=Focus(self.unet, text, call.frames, (hw[0], hw[1])) if call.focused else None,
         )

@@ -120,7 +120,7 @@ class Windows:
         frames, drawn = len(x), now.keyframes
         layout = plan(frames, self.anchors)
         if self.per_step:
-            layout = layout.anchored(*drawn_anchors(layout, now.step))
+            layout = layout.anchored(drawn_anchors(layout, now.step))
         elif self.by_look:
             middles = [(s.start + s.stop) // 2 for s in layout.segments]
             looks = look_of(now.clean[middles])
@@ -161,20 +161,17 @@ class Windows:
         return total
 
 
-def drawn_anchors(layout: Layout, step: int) -> tuple[list[int], list[int]]:
-    """As many anchors as a layout has, of a step: and which one is the nearest to each segment."""
+def drawn_anchors(layout: Layout, step: int) -> list[int]:
+    """As many anchors as a layout has, evenly over time from a segment on that the step draws."""
     count = len(layout.segments)
     first = int(np.random.default_rng([7, step]).integers(count))
     apart = count / len(layout.anchors)
-    chosen = sorted({int(first + i * apart) % count for i in range(len(layout.anchors))})
-    near = [min(range(len(chosen)), key=lambda i: abs(chosen[i] - k)) for k in range(count)]
-    return chosen, near
+    return sorted({int(first + i * apart) % count for i in range(len(layout.anchors))})
 
 
 def alike(standing: Standing) -> Standing:
     """The same anchors, each for one keyframe."""
-    beyond = tuple(min(count, 1) for count in standing.beyond)
-    return Standing((1,) * len(standing), beyond, (1,) * len(standing.own))
+    return Standing.alone(standing.foreign, len(standing.own))
 
 
 def only(moment: WindowMoment, frames: Sequence[int]) -> WindowMoment:

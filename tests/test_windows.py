@@ -193,11 +193,6 @@ def test_a_look_tells_light_and_place_but_not_noise():
 # -- anchors in the keyframe pass ------------------------------------------------------------
 
 
-def once(foreign):
-    """Anchors that stand for themselves alone, in front of three keyframes."""
-    return Standing((1,) * len(foreign), tuple(map(int, foreign)), (1, 1, 1))
-
-
 def joint(unet, x, branches, standing):
     active = KeyframePass(
         branches=branches,
@@ -224,7 +219,7 @@ def test_anchors_come_out_the_same_in_every_window(unet, branches):
     outcomes = []
     for seed, foreign in ((1, (True, True)), (2, (True, False))):
         rows = torch.cat([anchors, frames_of(seed, 3)]).repeat(branches, 1, 1, 1)
-        active, noise = joint(unet, rows, branches, once(foreign))
+        active, noise = joint(unet, rows, branches, Standing.alone(foreign, 3))
         assert all(out.shape[:2] == (branches, 3) for out in active.outputs.values())
         outcomes.append(noise[:, :2])
     torch.testing.assert_close(*outcomes, atol=1e-5, rtol=1e-4)
@@ -235,7 +230,7 @@ def test_a_window_attends_to_foreign_anchors_and_to_no_other(unet):
 
     def last(anchors, foreign):
         rows = torch.cat([anchors, own]).repeat(2, 1, 1, 1)
-        return joint(unet, rows, 2, once(foreign))[1][:, -3:]
+        return joint(unet, rows, 2, Standing.alone(foreign, 3))[1][:, -3:]
 
     plain = joint(unet, own.repeat(2, 1, 1, 1), 2, Standing())[1]
     none = last(frames_of(0, 2), (False, False))
@@ -258,9 +253,9 @@ def test_an_anchor_that_stands_for_three_is_as_three_of_it(unet):
         return joint(unet, rows, 2, standing)[1][:, -3:]
 
     one = last(torch.cat([first, second]), Standing((3, 1), (3, 1), (1, 1, 1)))
-    three = last(torch.cat([first, first, first, second]), Standing((1,) * 4, (1,) * 4, (1,) * 3))
+    three = last(torch.cat([first, first, first, second]), Standing.alone((True,) * 4, 3))
     torch.testing.assert_close(one, three, atol=1e-5, rtol=1e-4)
-    alike = last(torch.cat([first, second]), Standing((1, 1), (1, 1), (1, 1, 1)))
+    alike = last(torch.cat([first, second]), Standing.alone((True, True), 3))
     assert (one - alike).abs().max() > 1e-3
 
 

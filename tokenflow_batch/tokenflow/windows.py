@@ -90,8 +90,7 @@ class Layout:
         windows: over the segments, in order; one if the clip is no longer than a window.
         anchors: the segments whose keyframes every window attends to, ascending; none if there is
             one window. Spread evenly until `anchored` by look.
-        nearest: per segment, which of the anchors stands for it; until then none, which is the
-            nearest in time.
+        nearest: per segment, which of the anchors stands for it; empty for the nearest in time.
     """
 
     frames: int
@@ -141,13 +140,13 @@ class Layout:
         spread = tuple(sorted({(2 * i + 1) * len(segs) // (2 * count) for i in range(count)}))
         return cls(frames, length, tuple(cuts), segs, windows, spread)
 
-    def anchored(self, anchors: Sequence[int], nearest: Sequence[int]) -> Layout:
+    def anchored(self, anchors: Sequence[int], nearest: Sequence[int] = ()) -> Layout:
         """The same with chosen anchors.
 
         Args:
             anchors: segments, ascending.
-            nearest: per segment of the clip, which of the anchors stands for it; an anchor for its
-                own.
+            nearest: per segment of the clip, which of the anchors stands for it, an anchor for its
+                own; the nearest in time, if not given.
         """
         return replace(self, anchors=tuple(anchors), nearest=tuple(nearest))
 
@@ -264,6 +263,11 @@ class Standing:
     among: tuple[int, ...] = ()
     beyond: tuple[int, ...] = ()
     own: tuple[int, ...] = ()
+
+    @classmethod
+    def alone(cls, foreign: Sequence[bool], own: int) -> Standing:
+        """Anchors, `foreign` or not, and `own` keyframes that stand for themselves alone."""
+        return cls((1,) * len(foreign), tuple(map(int, foreign)), (1,) * own)
 
     def __len__(self) -> int:
         """Of the anchors."""
