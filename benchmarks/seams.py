@@ -65,7 +65,6 @@ from tokenflow_batch.metrics import look, warp_error
 from tokenflow_batch.model_files import locate
 from tokenflow_batch.models import Model, resolve
 from tokenflow_batch.models import load as load_model
-from tokenflow_batch.tokenflow.anchors import look_of, spread_by_look
 from tokenflow_batch.tokenflow.attention import Hooks
 from tokenflow_batch.tokenflow.denoise import Denoiser, EditSettings, predict_window
 from tokenflow_batch.tokenflow.keyframes import draw_keyframes, segments, true_neighbours
@@ -103,28 +102,22 @@ class Windows:
 
     Attributes:
         anchors: how many keyframes every window attends to.
-        by_look: choose them by the source's look instead of evenly in time.
+        drawn: others at every step, instead of the same at all.
         weighed: by how many keyframes they stand for.
-        per_step: other ones at every step, evenly over time from a drawn segment on.
         once: compute ordinary frames in one window alone, without ramps.
     """
 
     anchors: int = ANCHORS
-    by_look: bool = True
+    drawn: bool = True
     weighed: bool = True
-    per_step: bool = False
     once: bool = False
 
     def __call__(self, denoiser: Denoiser, hooks: Hooks, now: Moment, x: Tensor) -> Tensor:
         """See `Method`."""
         frames, drawn = len(x), now.keyframes
         layout = plan(frames, self.anchors)
-        if self.per_step:
-            layout = layout.anchored(drawn_anchors(layout, now.step))
-        elif self.by_look:
-            middles = [(s.start + s.stop) // 2 for s in layout.segments]
-            looks = look_of(now.clean[middles])
-            layout = layout.anchored(*spread_by_look(looks, len(layout.anchors)))
+        if self.drawn:
+            layout = layout.at(now.thresholds.keyframe_seed, now.step)
         inputs = Inputs(now, x, correspondences(now))
         settings = EditSettings(
             guidance=now.guidance(),
@@ -159,14 +152,6 @@ class Windows:
             own = list(moment.frames)
             total[own] += weight[own].view(-1, 1, 1, 1) * noise
         return total
-
-
-def drawn_anchors(layout: Layout, step: int) -> list[int]:
-    """As many anchors as a layout has, evenly over time from a segment on that the step draws."""
-    count = len(layout.segments)
-    first = int(np.random.default_rng([7, step]).integers(count))
-    apart = count / len(layout.anchors)
-    return sorted({int(first + i * apart) % count for i in range(len(layout.anchors))})
 
 
 def alike(standing: Standing) -> Standing:
@@ -212,8 +197,7 @@ WAYS: Final[Mapping[str, Method]] = {
     "windows": Windows(),
     "anchors weigh alike": Windows(weighed=False),
     "no anchors": Windows(anchors=0),
-    "anchors over time": Windows(by_look=False),
-    "anchors per step": Windows(per_step=True),
+    "fixed anchors": Windows(drawn=False),
     "8 anchors": Windows(anchors=8),
     "keyframes overlap": Windows(once=True),
     "pieces": pieces,

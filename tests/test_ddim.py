@@ -7,9 +7,12 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+from hypothesis import given
+from hypothesis import strategies as st
 from tiny_model import SCHEDULER
 
 from tokenflow_batch.tokenflow.ddim import (
+    CARRIED_OVER,
     TOLERANCE,
     Inverted,
     Schedule,
@@ -17,6 +20,7 @@ from tokenflow_batch.tokenflow.ddim import (
     implied_noise,
     invert_fixed_point,
     invert_plain,
+    longer_step,
     move,
     noise_from_prediction,
     residual,
@@ -199,6 +203,48 @@ def test_fixed_point_iteration_converges_to_the_known_solution_of_a_contraction(
     assert all(after < 0.2 * before for before, after in pairwise(errors[:4]))
     assert residuals[:4] == sorted(residuals[:4], reverse=True)
     assert errors[-1] < 1e-6
+
+
+@given(alpha=st.floats(0.01, 0.999), ratio=st.floats(0.01, 0.999), share=st.floats(0, 1))
+def test_longer_steps_solve_what_a_denoiser_s_noise_can_be(alpha, ratio, share):
+    # ε(y) = share · y / √(1 − ᾱ_t): from what is none of the noise to all of it.
+    alpha_t, x = alpha * ratio, normal(0)
+    a = math.sqrt(ratio)
+    sigma, sigma_t = math.sqrt(1 - alpha), math.sqrt(1 - alpha_t)
+    slope = share * (1 - a * sigma / sigma_t)
+    step = longer_step(alpha, alpha_t)
+    assert 1 <= step < 2
+    factor = 1 - step * (1 - slope)
+    assert abs(factor) < 1
+    start = math.sqrt(1 / ratio)  # some noise to start along
+    found = []
+    noise = lambda y, _: share / sigma_t * y  # noqa: E731
+
+    def seen(y, t):
+        found.append(double(y))
+        return noise(y, t)
+
+    invert_fixed_point(seen, x, 1, alpha, alpha_t, extra=2, warm_noise_FChw=start * x)
+    solution = a * double(x) / (1 - slope)
+    gaps = [np.abs(y - solution).max() for y in found]
+    for before, after in pairwise(gaps):
+        assert after == pytest.approx(
+            abs(factor) * before, rel=1e-3, abs=1e-4 * abs(solution).max()
+        )
+
+
+def test_at_the_share_that_is_carried_over_one_longer_step_arrives():
+    alpha, alpha_t, x = 0.998, 0.96, normal(0)
+    found = invert_fixed_point(
+        lambda y, _: CARRIED_OVER / math.sqrt(1 - alpha_t) * y,
+        x,
+        1,
+        alpha,
+        alpha_t,
+        extra=1,
+        warm_noise_FChw=normal(1),
+    )
+    assert found.residual.max() < 1e-6
 
 
 def test_where_iterating_makes_it_worse_each_frame_keeps_its_best():

@@ -1,5 +1,6 @@
 """Windows: every frame has its share of predictions, whatever the clip and however it is cut."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -11,9 +12,8 @@ from jobs import clip, edited_latents, folder_of, quick_first, run_one, write_ma
 from tiny_model import CHANNELS
 
 from tokenflow_batch.stages.edit import _Editing
-from tokenflow_batch.tokenflow.anchors import look_of, spread_by_look
 from tokenflow_batch.tokenflow.attention import tokenflow_hooks
-from tokenflow_batch.tokenflow.keyframes import draw_keyframes
+from tokenflow_batch.tokenflow.keyframes import draw_anchors, draw_keyframes
 from tokenflow_batch.tokenflow.modes import MODES
 from tokenflow_batch.tokenflow.passes import KeyframePass
 from tokenflow_batch.tokenflow.windows import Chunk, Layout, Standing, chunks
@@ -124,15 +124,9 @@ def test_one_frame_more_makes_a_second_window_with_anchors():
     assert second.standing.foreign == (True, True, True, False)
 
 
-@given(layouts(), st.randoms())
-def test_those_attended_to_stand_for_the_whole_clip(layout, random):
-    count = len(layout.segments)
-    if layout.anchors and random.random() < 0.5:  # as if chosen by look
-        chosen = sorted(random.sample(range(count), len(layout.anchors)))
-        nearest = [random.randrange(len(chosen)) for _ in range(count)]
-        for i, anchor in enumerate(chosen):
-            nearest[anchor] = i
-        layout = layout.anchored(chosen, nearest)
+@given(layouts(), st.integers(0, 40))
+def test_those_attended_to_stand_for_the_whole_clip(layout, step):
+    count, layout = len(layout.segments), layout.at(0, step)
     _, found = moments(layout, RULES[0], 1)
     for window, now in zip(layout.windows, found, strict=True):
         standing, own = now.standing, {s.index for s in window.segments}
@@ -159,35 +153,34 @@ def test_an_overlap_of_nothing_or_of_more_than_half_is_refused(size, overlap):
 # -- which keyframes are anchors -------------------------------------------------------------
 
 
-@given(st.integers(1, 30), st.integers(1, 12), st.integers(0, 2**31), st.integers(1, 30))
-def test_anchors_are_apart_in_look_and_leave_nothing_far_from_them(segments, count, seed, kinds):
-    """What is not chosen is nearer to an anchor than any two anchors are to each other."""
-    draw = torch.Generator().manual_seed(seed)
-    looks = torch.randn(kinds, 5, dtype=torch.float64, generator=draw)
-    looks = looks[torch.randint(kinds, (segments,), generator=draw)]  # some are equal
-    chosen, nearest = spread_by_look(looks, count)
-    assert list(chosen) == sorted(set(chosen))
-    assert len(chosen) == min(count, segments)
-    assert [nearest[a] for a in chosen] == list(range(len(chosen)))  # even among equals
-    distance = torch.cdist(looks, looks)
-    found = distance[range(segments), [chosen[n] for n in nearest]]
-    torch.testing.assert_close(found, distance[:, list(chosen)].min(dim=1).values)
-    others = [i for i in range(segments) if i not in chosen]
-    if others and len(chosen) > 1:
-        among = distance[list(chosen)][:, list(chosen)].fill_diagonal_(torch.inf)
-        reach = distance[others][:, list(chosen)].min(dim=1).values.max()
-        assert reach <= among.min() + 1e-9
+@given(st.integers(0, 9), st.integers(1, 200), st.integers(1, 12))
+def test_anchors_are_spread_evenly_and_come_to_all_of_the_clip(seed, count, wanted):
+    seen = set()
+    for step in range(40):
+        drawn = draw_anchors(seed, step, count, wanted)
+        assert drawn == sorted(set(drawn)) == draw_anchors(seed, step, count, wanted)
+        assert len(drawn) == min(count, wanted)
+        apart = {b - a for a, b in pairwise([*drawn, drawn[0] + count])}
+        assert apart <= {count // len(drawn), -(-count // len(drawn))}
+        seen.update(drawn)
+    expected = 1 - (1 - min(1, wanted / count)) ** 40  # of the segments, by chance
+    assert len(seen) >= 0.7 * expected * count
 
 
-def test_a_look_tells_light_and_place_but_not_noise():
-    dark, light = torch.zeros(2, 4, 16, 16), torch.ones(2, 4, 16, 16)
-    noise = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0)) * 0.1
-    moved = light.clone()
-    moved[..., :8] = 0
-    looks = look_of(torch.cat([dark, dark + noise, light, light + noise, moved]))
-    assert looks.shape == (10, 4 * 64)
-    chosen, _ = spread_by_look(looks, 3)
-    assert {c // 4 for c in chosen} == {0, 1, 2}  # one of each
+def test_the_anchors_of_steps_and_seeds_are_these():
+    """Literal: what was computed in part must go on with the same anchors."""
+    drawn = [draw_anchors(0, step, 20, 4) for step in range(3)]
+    assert drawn == [[0, 5, 10, 15], [4, 9, 14, 19], [0, 5, 10, 15]]
+    assert draw_anchors(1, 0, 20, 4) == [1, 6, 11, 16]
+
+
+def test_a_layout_at_a_step_differs_in_its_anchors_alone():
+    layout = Layout.plan(200, 4, size=8)
+    now = layout.at(3, 5)
+    assert list(now.anchors) == draw_anchors(3, 5, 50, 4)
+    assert replace(now, anchors=layout.anchors) == layout
+    short = Layout.plan(20, 4, size=8)
+    assert short.at(3, 5) is short
 
 
 # -- anchors in the keyframe pass ------------------------------------------------------------

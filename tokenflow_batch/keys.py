@@ -19,9 +19,9 @@ from tokenflow_batch.stage_names import StageName
 
 VERSIONS: Mapping[StageName, int] = {
     "encode": 2,
-    "invert": 2,
+    "invert": 3,
     "match": 3,
-    "edit": 9,
+    "edit": 10,
     "render": 1,
     "report": 2,
 }

@@ -180,12 +180,13 @@ def _edit(s: Settings, frames: int, mode: Mode, cuts: Sequence[int]) -> Counter[
     layout = layout_of(s, frames, cuts)
     for step in range(s.first_step, s.steps):
         drawn = draw_keyframes(s.keyframe_seed, step, layout.segments)
+        anchored = layout.at(s.keyframe_seed, step)
         conv, qk = step < injection.conv_steps, step < injection.qk_steps
         guided, focused = guidance.on(step), guidance.focused(step)
         own = guidance.own_branches(step)
         joint, spread = branches_at(s, step)
         for window in layout.windows:
-            now = layout.moment(mode.neighbours, drawn, window)
+            now = anchored.moment(mode.neighbours, drawn, window)
             together = len(now.keyframes) + len(now.anchors)
             call = UNetCall(
                 "keyframes", together, joint, conv, qk, 0, now.standing.foreign, guided, focused

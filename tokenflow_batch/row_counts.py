@@ -23,6 +23,7 @@ from tokenflow_batch.plan import (
 from tokenflow_batch.stage_names import StageName
 from tokenflow_batch.tokenflow.keyframes import (
     Segment,
+    draw_anchors,
     draw_keyframe,
     draw_keyframes,
     segments,
@@ -89,15 +90,17 @@ class _EditWork:
 @lru_cache(maxsize=16)
 def _edit_work(s: Settings, frames: int, cuts: tuple[int, ...]) -> _EditWork:
     mode, layout = MODES[s.mode], layout_of(s, frames, cuts)
-    anchors = len(layout.anchors)
-    sizes = [(len(window.segments), _foreign(layout, window)) for window in layout.windows]
-    together = sum(anchors + own for own, _ in sizes)
-    beside = sum(anchors * (anchors - 1) + own * (own - 1 + seen) for own, seen in sizes)
+    anchors, sizes = len(layout.anchors), [len(window.segments) for window in layout.windows]
+    together = sum(anchors + own for own in sizes)
+    beside = sum(anchors * (anchors - 1) + own * (own - 1 + anchors) for own in sizes)
     guidance, first = guidance_of(s), s.first_step
     rows = branches(s)[first:]
     predicted = _predicted_by_all(layout, mode, _draws(s, frames, cuts))[first:]
     joint = together * sum(on_keyframes for on_keyframes, _, _ in rows)
-    pairs = beside * sum(1 + guided for _, _, guided in rows)
+    known = _among_their_own(layout, s.keyframe_seed, s.steps)[first:]
+    pairs = sum(
+        (beside - own) * (1 + guided) for (_, _, guided), own in zip(rows, known, strict=True)
+    )
     spread = sum(on_frames * n for (_, on_frames, _), n in zip(rows, predicted, strict=True))
     focused = together * sum(guidance.focused(step) for step in range(first, s.steps))
     kept = sum(n * guidance.own_branches(step) for step, n in enumerate(predicted, first))
@@ -151,10 +154,20 @@ def edit_flops(
     return total + (partial * unet.row(latent_hw, s.conv_site) if partial else 0)
 
 
-def _foreign(layout: Layout, window: Window) -> int:
-    """How many anchors are none of a window's own keyframes."""
-    first, last = window.segments[0].index, window.segments[-1].index
-    return sum(not first <= anchor <= last for anchor in layout.anchors)
+def _among_their_own(layout: Layout, seed: int, steps: int) -> list[int]:
+    """By step, in how many pairs a window's keyframe would see an anchor that is its window's own.
+
+    Those are not attended to twice.
+    """
+    if not layout.anchors:
+        return [0] * steps
+    pairs = [0] * len(layout.segments)
+    for window in layout.windows:
+        for segment in window.segments:
+            pairs[segment.index] += len(window.segments)
+    count = len(layout.anchors)
+    drawn = (draw_anchors(seed, step, len(pairs), count) for step in range(steps))
+    return [sum(pairs[anchor] for anchor in anchors) for anchors in drawn]
 
 
 @lru_cache(maxsize=4)  # rows and FLOPs of a clip are asked for one after the other

@@ -25,7 +25,6 @@ from tokenflow_batch.stages.base import Advance, Stage, StageContext
 from tokenflow_batch.stages.clip import CleanLatents, Clip, InvertedLatents, read_clip
 from tokenflow_batch.stages.matching import sites_by_tokens
 from tokenflow_batch.store import Array, ArrayStore, unit_name
-from tokenflow_batch.tokenflow.anchors import look_of, spread_by_look
 from tokenflow_batch.tokenflow.attention import tokenflow_hooks
 from tokenflow_batch.tokenflow.ddim import Schedule, renoise
 from tokenflow_batch.tokenflow.denoise import (
@@ -43,17 +42,14 @@ from tokenflow_batch.tokenflow.windows import (
     Chunk,
     Layout,
     Window,
-    batches,
+    WindowMoment,
 )
 from tokenflow_batch.turns import Turns, all_turns
-
-ANCHORS = "anchors"
 
 
 class Edit(Stage):
     """Units: per sampling step, one per *window* (its noise predictions), then one per chunk to
-    *advance* the latents. Both are dropped once the next step's latents are all there. Before all
-    of them, in a clip of several windows, the choice of *anchors*."""
+    *advance* the latents. Both are dropped once the next step's latents are all there."""
 
     name = "edit"
 
@@ -73,7 +69,7 @@ class Edit(Stage):
         inversion = model.schedule(s.inversion_steps)
         reads = context.beside.reads
         source = InvertedLatents(context.folder("invert"), schedule, inversion, reads)
-        layout, sampler = _anchored(context, folder, clip), SAMPLERS[s.sampler]
+        layout, sampler = clip.layout(s), SAMPLERS[s.sampler]
         frame_shape = model.frame_shape(clip.geometry.working)
         latent_hw = frame_shape[1], frame_shape[2]
         size = (s.steps, clip.frames, clip.chunk_frames)
@@ -93,25 +89,6 @@ class Edit(Stage):
             for step in range(first, s.steps):
                 yield from work.step(step, s, sampler, advance)
             work.tidy()
-
-
-def _anchored(context: StageContext, folder: StageFolder, clip: Clip) -> Layout:
-    """The clip's windows, with anchors that differ in look: chosen once, and committed."""
-    layout = clip.layout(context.settings)
-    if not layout.anchors:
-        return layout
-
-    def choose() -> None:
-        clean = CleanLatents(context.folder("encode"))
-        middles = [(s.start + s.stop) // 2 for s in layout.segments]
-        parts = batches(middles, context.settings.unet_batch)
-        looks = torch.cat([look_of(clean.read(part)) for part in parts])
-        chosen, nearest = spread_by_look(looks, len(layout.anchors))
-        folder.commit(ANCHORS, (), {"segments": chosen, "nearest": nearest})
-
-    context.sharing.once(folder, ANCHORS, choose)
-    record = folder.check(ANCHORS)
-    return layout.anchored(record.facts["segments"], record.facts["nearest"])
 
 
 def _edit_settings(context: StageContext, latent_hw: tuple[int, int]) -> EditSettings:
@@ -250,13 +227,15 @@ class _Editing:
         """Compute and commit a sampling step: windows, then advances; then drop what is over."""
         folder, sharing = self.store.stage, self.inputs.context.sharing
         drawn = draw_keyframes(s.keyframe_seed, step, self.layout.segments)
+        anchored = self.layout.at(s.keyframe_seed, step)
         windows = {unit_name("window", (step, w.index, 0)): w for w in self.layout.windows}
         told = 0
         for name, window in windows.items():
             yield step, window.index
             self.inputs.at(step, window)
             for _ in sharing.claimed(folder, {name: window}):
-                self._window(step, window, drawn)
+                moment = anchored.moment(self.settings.mode.neighbours, drawn, window)
+                self._window(step, window, moment)
             # Earlier ones are done or in work, by whomever.
             reached = self.clip.frames * (window.index + 1) // len(windows)
             advance(reached - told)
@@ -285,8 +264,7 @@ class _Editing:
                 _drop_step(folder, step, self.layout.windows, self.clip)
         folder.release(_units_of(step, self.layout.windows, self.clip))
 
-    def _window(self, step: int, window: Window, drawn: Sequence[int]) -> None:
-        moment = self.layout.moment(self.settings.mode.neighbours, drawn, window)
+    def _window(self, step: int, window: Window, moment: WindowMoment) -> None:
         made = self.denoiser.counts()
         began, context = time.perf_counter(), self.inputs.context
         # For a window only: other edits, with other sites, may have the next turn.

@@ -13,6 +13,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
+from typing import Final
+
+_ANCHORS: Final = -1
+"""In place of a segment where anchors are drawn."""
 
 
 @dataclass(frozen=True)
@@ -64,12 +68,36 @@ def _whole_segments(length: int, count: int) -> tuple[Segment, ...]:
 def draw_keyframe(seed: int, step: int, segment: Segment) -> int:
     """The keyframe of `segment` at sampling step `step`: uniform over its frames.
 
-    A pure function of (seed, step, segment), never of call order, library version or platform:
-    64 bits of BLAKE2b scaled to the segment's length (bias below 2⁻⁵⁰).
+    A pure function of (seed, step, segment), never of call order, library version or platform.
     """
-    message = struct.pack("<qqq", seed, step, segment.index)
+    return segment.start + _draw(seed, step, segment.index, len(segment))
+
+
+def draw_anchors(seed: int, step: int, segments: int, count: int) -> list[int]:
+    """The segments whose keyframes all windows of a long clip attend to at a sampling step.
+
+    Evenly over the clip from one on that is drawn: others at every step, so that in the course of
+    the steps every window sees all of the clip. A pure function of its arguments.
+
+    Args:
+        seed: as for keyframes.
+        step: sampling step.
+        segments: how many the clip has.
+        count: how many to choose.
+
+    Returns:
+        min(count, segments) different indices, ascending.
+    """
+    count = min(count, segments)
+    first = _draw(seed, step, _ANCHORS, segments)
+    return sorted((first + i * segments // count) % segments for i in range(count))
+
+
+def _draw(seed: int, step: int, what: int, count: int) -> int:
+    """Uniform in [0, count): 64 bits of BLAKE2b, scaled (bias below 2⁻⁵⁰)."""
+    message = struct.pack("<qqq", seed, step, what)
     raw = int.from_bytes(hashlib.blake2b(message, digest_size=8).digest(), "little")
-    return segment.start + ((raw * len(segment)) >> 64)
+    return (raw * count) >> 64
 
 
 def draw_keyframes(seed: int, step: int, segs: Sequence[Segment]) -> list[int]:

@@ -6,10 +6,10 @@ render). Neither depends on what has been computed before, so any order gives th
 
 Neighbouring windows share segments. Within those a frame belongs to a window if both keyframes
 that it looks at are the window's; where it belongs to two, their predictions are blended by a ramp.
-A few *anchors*, keyframes that differ in look as much as the clip allows, are attended to by every
+A few *anchors*, keyframes spread over the clip, others at every step, are attended to by every
 window, so that windows far apart agree on what things look like. Each stands for all keyframes that
-it is the most like of the anchors, and weighs as much as those that a window doesn't have: so every
-window attends, as nearly as it can, to the keyframes of the whole clip.
+are nearer to it than to the others, and weighs as much as those that a window doesn't have: so
+every window attends, as nearly as it can, to the keyframes of the whole clip.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from tokenflow_batch.tokenflow.keyframes import (
     NeighbourRule,
     Neighbours,
     Segment,
+    draw_anchors,
     segments,
 )
 
@@ -80,7 +81,7 @@ class Window:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a clip is cut into windows: all that does not change from step to step.
+    """How a clip is cut into windows; of a step once its anchors are drawn (`at`).
 
     Attributes:
         frames: F.
@@ -89,8 +90,7 @@ class Layout:
         segments: of the whole clip, in order.
         windows: over the segments, in order; one if the clip is no longer than a window.
         anchors: the segments whose keyframes every window attends to, ascending; none if there is
-            one window. Spread evenly until `anchored` by look.
-        nearest: per segment, which of the anchors stands for it; empty for the nearest in time.
+            one window.
     """
 
     frames: int
@@ -99,7 +99,6 @@ class Layout:
     segments: tuple[Segment, ...]
     windows: tuple[Window, ...]
     anchors: tuple[int, ...]
-    nearest: tuple[int, ...] = ()
 
     @classmethod
     def plan(
@@ -140,15 +139,12 @@ class Layout:
         spread = tuple(sorted({(2 * i + 1) * len(segs) // (2 * count) for i in range(count)}))
         return cls(frames, length, tuple(cuts), segs, windows, spread)
 
-    def anchored(self, anchors: Sequence[int], nearest: Sequence[int] = ()) -> Layout:
-        """The same with chosen anchors.
-
-        Args:
-            anchors: segments, ascending.
-            nearest: per segment of the clip, which of the anchors stands for it, an anchor for its
-                own; the nearest in time, if not given.
-        """
-        return replace(self, anchors=tuple(anchors), nearest=tuple(nearest))
+    def at(self, seed: int, step: int) -> Layout:
+        """The same with the anchors of a sampling step; see `draw_anchors`."""
+        if not self.anchors:
+            return self
+        drawn = draw_anchors(seed, step, len(self.segments), len(self.anchors))
+        return replace(self, anchors=tuple(drawn))
 
     @property
     def joins(self) -> tuple[int, ...]:
@@ -198,9 +194,7 @@ class Layout:
 
     @cached_property
     def _represented(self) -> tuple[int, ...]:
-        """`nearest`, found in time where it hasn't been chosen; of equals the earlier."""
-        if self.nearest:
-            return self.nearest
+        """Per segment, which of the anchors stands for it: the nearest, of equals the earlier."""
         return tuple(
             min(range(len(self.anchors)), key=lambda i: abs(self.anchors[i] - s.index))
             for s in self.segments
