@@ -145,7 +145,8 @@ def main() -> None:
         "size": args.size,
         "domain": args.domain,
     }
-    for name, part in (("single", scores[: args.single]), ("pairs", scores[args.single :])):
+    parts = {"single": scores[: args.single], "pairs": scores[args.single :], "all": scores}
+    for name, part in parts.items():
         if part:
             report[name] = {"prompts": len(part), **summary(part)}
     report["misread"] = [

@@ -9,7 +9,8 @@ without a GPU two processes of one thread train faster than one of two:
 
 For 128 pixels, train at 64 first and then go on with
 `latents --size 128 --name latents128` and
-`unet --latents latents128 --init WORK/pipeline --out pipeline128`.
+`unet --latents latents128 --init WORK/pipeline --out pipeline128`. `average` is for two pipelines
+of which one was trained from the other.
 """
 
 from __future__ import annotations
@@ -120,6 +121,19 @@ def unet(
         save_every=save_every,
         init=init,
     )
+
+
+@app.command()
+def average(
+    first: Annotated[Path, typer.Argument(help="Folder of a pipeline.")],
+    second: Annotated[Path, typer.Argument(help="One that `unet --init` trained from it.")],
+    out: Annotated[Path, typer.Argument(help="Folder for their mean.")],
+    share: Annotated[float, typer.Option(min=0, max=1, help="Of the second.")] = 0.5,
+) -> None:
+    """Save the mean of two pipelines' weights (seconds)."""
+    from demo_training.export import average_pipelines
+
+    average_pipelines(first, second, out, share=share)
 
 
 @app.command()

@@ -206,7 +206,7 @@ def test_fixed_point_iteration_converges_to_the_known_solution_of_a_contraction(
 
 
 @given(alpha=st.floats(0.01, 0.999), ratio=st.floats(0.01, 0.999), share=st.floats(0, 1))
-def test_longer_steps_solve_what_a_denoiser_s_noise_can_be(alpha, ratio, share):
+def test_a_longer_first_step_comes_nearer_whatever_a_denoiser_takes_for_noise(alpha, ratio, share):
     # ε(y) = share · y / √(1 − ᾱ_t): from what is none of the noise to all of it.
     alpha_t, x = alpha * ratio, normal(0)
     a = math.sqrt(ratio)
@@ -227,10 +227,9 @@ def test_longer_steps_solve_what_a_denoiser_s_noise_can_be(alpha, ratio, share):
     invert_fixed_point(seen, x, 1, alpha, alpha_t, extra=2, warm_noise_FChw=start * x)
     solution = a * double(x) / (1 - slope)
     gaps = [np.abs(y - solution).max() for y in found]
-    for before, after in pairwise(gaps):
-        assert after == pytest.approx(
-            abs(factor) * before, rel=1e-3, abs=1e-4 * abs(solution).max()
-        )
+    for (before, after), nearer in zip(pairwise(gaps), (abs(factor), slope), strict=True):
+        wanted = pytest.approx(nearer * before, rel=1e-3, abs=1e-4 * np.abs(solution).max())
+        assert after == wanted
 
 
 def test_at_the_share_that_is_carried_over_one_longer_step_arrives():

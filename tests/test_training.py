@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from tiny_model import tiny_pipeline
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 from demo_training.data import LatentCache
+from demo_training.export import average_pipelines
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "train_demo_model.py"
 UNET = ("unet", "--steps", "6", "--batch", "2", "--save-every", "2")
@@ -105,6 +107,26 @@ def test_the_share_of_pairs_is_the_caches_and_kept_with_it(tmp_path, pairs, two)
     LatentCache(tmp_path, seed=0, count=12, size=64, pairs=pairs).finish()
     found = LatentCache.open(tmp_path)
     assert {found.scene(i).second is not None for i in range(found.count)} == two
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_the_average_of_two_pipelines_has_the_second_by_its_share(tmp_path, share):
+    weights = []
+    for name, factor in (("first", 1.0), ("second", 0.5)):
+        pipeline = tiny_pipeline().to(torch.float16)
+        for parameter in [*pipeline.unet.parameters(), *pipeline.text_encoder.parameters()]:
+            parameter.data.mul_(factor)
+        pipeline.save_pretrained(tmp_path / name, variant="fp16", safe_serialization=True)
+        weights.append((pipeline.unet.state_dict(), pipeline.text_encoder.state_dict()))
+    average_pipelines(*(tmp_path / x for x in ("first", "second", "mean")), share=share)
+    mean = StableDiffusionPipeline.from_pretrained(
+        tmp_path / "mean", variant="fp16", safety_checker=None, dtype=torch.float16
+    )
+    for number, found in enumerate((mean.unet, mean.text_encoder)):
+        first, second = (x[number] for x in weights)
+        for key, value in found.named_parameters():
+            wanted = (1 - share) * first[key].double() + share * second[key].double()
+            torch.testing.assert_close(value, wanted.half(), atol=0, rtol=2**-10)
 
 
 def without_time(line):

@@ -105,14 +105,14 @@ def residual(x_FChw: Tensor, y_FChw: Tensor) -> Tensor:
 
 
 def longer_step(alpha: float, alpha_t: float) -> float:
-    """By what the fixed-point iteration's steps are lengthened: over-relaxation.
+    """By what the fixed-point iteration's first step is lengthened: over-relaxation.
 
     x ↦ move(x_s, ε(x, t)) has the slope g·∂ε/∂x with g = √(1−ᾱ_t) − √(ᾱ_t/ᾱ)·√(1−ᾱ). Where a
     denoiser takes a change of x for noise, ∂ε/∂x is 1/√(1−ᾱ_t); where not, 0. So slopes lie between
     0 and s = 1 − √(ᾱ_t/ᾱ)·√((1−ᾱ)/(1−ᾱ_t)), plain iteration comes from one side alone, and at the
-    cleanest steps, where s is near 1, slowly. At a slope of c·s, steps 1/(1 − c·s) times as long
-    arrive at once; c is `CARRIED_OVER`. They are less than twice as long, so between 0 and s all
-    slopes converge as before.
+    cleanest steps, where s is near 1, slowly. At a slope of c·s, a step 1/(1 − c·s) times as long
+    arrives at once; c is `CARRIED_OVER`. It is less than twice as long, so between 0 and s it
+    brings every slope nearer.
 
     Args:
         alpha: ᾱ of the cleaner latent.
@@ -162,9 +162,9 @@ def invert_fixed_point(
     """Solve x_t = move(x_s, ε(x_t, t)), the sampler's own equation, by `1 + extra` evaluations.
 
     Starts along `warm_noise` (the previous step's) or, without one, along the noise at x_s, which
-    costs the first evaluation. Each iterate goes `longer_step` times as far as the equation says.
-    Of the iterates that were evaluated, each frame keeps the one with the smallest residual: on
-    hard frames more iterations can make it worse.
+    costs the first evaluation. The first iteration goes `longer_step` times as far as the equation
+    says. Of the iterates that were evaluated, each frame keeps the one with the smallest residual:
+    on hard frames more iterations can make it worse.
     `1 + extra` UNet rows a frame (cf. Garibi et al., *ReNoise*, 2024).
 
     Args:
@@ -198,6 +198,7 @@ def invert_fixed_point(
             better(improved_F)
         best = found if best is None else _chosen(improved_F, found, best)
         iterate = iterate + further * (following - iterate)
+        further = 1.0  # more than one would run away from where a model's slopes are negative
     assert best is not None  # noqa: S101 - evaluations ≥ 1
     return best
 
