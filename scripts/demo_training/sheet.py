@@ -76,14 +76,19 @@ def read_log(path: Path) -> list[dict[str, float]]:
 
 
 def loss_curve(logs: dict[str, list[dict[str, float]]], path: Path) -> None:
-    """Plot loss over samples, one panel per stage.
+    """Plot loss over samples, one panel per stage, four a row.
 
     Args:
         logs: per stage its log lines, at least one each.
         path: PNG to write.
     """
-    figure, axes = plt.subplots(1, len(logs), figsize=(5 * len(logs), 3.4), squeeze=False)
-    for axis, (stage, lines) in zip(axes[0], logs.items(), strict=True):
+    columns = min(len(logs), 4)
+    rows = -(-len(logs) // columns)
+    size = (4 * columns, 3 * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False)
+    for axis in axes.flat[len(logs) :]:
+        axis.set_axis_off()
+    for axis, (stage, lines) in zip(axes.flat, logs.items(), strict=False):
         samples = [line["samples"] for line in lines]
         axis.plot(samples, [line["loss"] for line in lines], lw=0.8, label="loss")
         axis.plot(samples, [line["mse"] for line in lines], lw=0.8, label="mean squared error")
