@@ -9,10 +9,10 @@ features injected at SD's usual site, the demo model draws half of the objects i
 the source's, out of the masks; so 96, and the demo's site:
 
 - one window: TokenFlow as published, the whole clip at once; every figure is relative to it;
-- windows: the default; 4 global anchors that differ in look and weigh as many keyframes as they
+- windows: the default; 4 global anchors, others at every step, that weigh as many keyframes as they
   stand for, ramps over the overlap;
-- anchors weigh alike, as one keyframe each; no anchors; anchors spread evenly over time;
-  anchors drawn anew at every step; 8 anchors;
+- anchors weigh alike, as one keyframe each; no anchors; fixed anchors, the same at every step;
+  8 anchors;
 - keyframes overlap: the cheaper way, ordinary frames are computed once and windows change at the
   middle of an overlap;
 - pieces: independent edits of as many segments, side by side.
@@ -102,7 +102,7 @@ class Windows:
 
     Attributes:
         anchors: how many keyframes every window attends to.
-        drawn: others at every step, instead of the same at all.
+        drawn: others at every step, instead of the same ones.
         weighed: by how many keyframes they stand for.
         once: compute ordinary frames in one window alone, without ramps.
     """

@@ -128,12 +128,11 @@ def average(
     first: Annotated[Path, typer.Argument(help="Folder of a pipeline.")],
     second: Annotated[Path, typer.Argument(help="One that `unet --init` trained from it.")],
     out: Annotated[Path, typer.Argument(help="Folder for their mean.")],
-    share: Annotated[float, typer.Option(min=0, max=1, help="Of the second.")] = 0.5,
 ) -> None:
     """Save the mean of two pipelines' weights (seconds)."""
     from demo_training.export import average_pipelines
 
-    average_pipelines(first, second, out, share=share)
+    average_pipelines(first, second, out)
 
 
 @app.command()

@@ -216,15 +216,13 @@ def test_a_longer_first_step_comes_nearer_whatever_a_denoiser_takes_for_noise(al
     assert 1 <= step < 2
     factor = 1 - step * (1 - slope)
     assert abs(factor) < 1
-    start = math.sqrt(1 / ratio)  # some noise to start along
     found = []
-    noise = lambda y, _: share / sigma_t * y  # noqa: E731
 
-    def seen(y, t):
+    def noise(y, _):
         found.append(double(y))
-        return noise(y, t)
+        return share / sigma_t * y
 
-    invert_fixed_point(seen, x, 1, alpha, alpha_t, extra=2, warm_noise_FChw=start * x)
+    invert_fixed_point(noise, x, 1, alpha, alpha_t, extra=2, warm_noise_FChw=x)
     solution = a * double(x) / (1 - slope)
     gaps = [np.abs(y - solution).max() for y in found]
     for (before, after), nearer in zip(pairwise(gaps), (abs(factor), slope), strict=True):

@@ -60,24 +60,18 @@ def save_pipeline(
 
 
 @torch.no_grad()
-def average_pipelines(first: Path, second: Path, out: Path, *, share: float) -> None:
-    """Save the weighted mean of two pipelines' UNets and text encoders.
+def average_pipelines(first: Path, second: Path, out: Path) -> None:
+    """Save the mean of two pipelines' UNets and text encoders.
 
-    A network that went on from another's weights mostly stays in the same basin: the mean keeps
-    what both can do, and is smoother than either (Wortsman et al. 2022, weight-space ensembles
-    of a network and what was fine-tuned from it), which inversion gains from.
+    A network that went on from another's weights mostly stays in the same basin, so that the mean
+    keeps what both can do (Wortsman et al. 2022, weight-space ensembles of a network and what was
+    fine-tuned from it).
 
     Args:
         first: a saved pipeline with fp16 weights; autoencoder, tokenizer and scheduler are its own.
         second: one that was trained from `first`.
         out: folder of the mean.
-        share: of `second`, from 0 to 1.
-
-    Raises:
-        ValueError: `share` is outside of [0, 1].
     """
-    if not 0 <= share <= 1:
-        raise ValueError(f"the second pipeline's share is {share}; it goes from 0 to 1")
     kept, other = (
         StableDiffusionPipeline.from_pretrained(
             folder, variant="fp16", safety_checker=None, dtype=torch.float32
@@ -87,7 +81,7 @@ def average_pipelines(first: Path, second: Path, out: Path, *, share: float) -> 
     for name in ("unet", "text_encoder"):
         theirs = getattr(other, name).state_dict()
         for key, value in getattr(kept, name).named_parameters():
-            value.lerp_(theirs[key], share)
+            value.lerp_(theirs[key], 0.5)
     save_pipeline(
         out,
         vae=kept.vae,

@@ -90,7 +90,7 @@ class Layout:
         segments: of the whole clip, in order.
         windows: over the segments, in order; one if the clip is no longer than a window.
         anchors: the segments whose keyframes every window attends to, ascending; none if there is
-            one window.
+            one window. Fixed ones until those of a step are drawn.
     """
 
     frames: int
