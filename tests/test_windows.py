@@ -271,9 +271,6 @@ def test_windows_in_any_order_give_the_same_bits(tiny_model, tmp_path, monkeypat
     forward = edited_latents(manifest)
     records = [u for u in folder_of(manifest, "edit").units() if u.startswith("window-00001-")]
     assert len(records) == {9: 1, 10: 2, 16: 3}[frames], records
-    if len(records) > 1:
-        anchors = folder_of(manifest, "edit").record("anchors")
-        assert len(anchors.facts["segments"]) == LONG["anchors"]
 
     whole = _Editing._window
     pending = []
@@ -300,5 +297,4 @@ def test_settings_of_windows_do_not_touch_a_clip_that_is_one_window(tiny_model, 
         manifest = write_manifest(tmp_path, tiny_model, **{**LONG, "window_segments": size})
         run_one(manifest)
         found.append(edited_latents(manifest))
-        assert not folder_of(manifest, "edit").committed("anchors")
     assert np.array_equal(*found)
