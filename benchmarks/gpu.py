@@ -8,7 +8,7 @@ PyAV nor OpenCV nor pydantic. A UNet and a VAE of Stable Diffusion 1.5's shape w
 512 × 512 pixels, in half precision.
 
 Seconds a frame are put together from measured parts: a UNet row in a batch of 16 (inversion;
-1000 rows a frame for `official`, its reconstruction included, 50 by default), one step of matching,
+1000 rows a frame for `official`, its reconstruction included, 51 by default), one step of matching,
 and of the edit one step of each kind (with queries and keys injected, with features alone, with
 neither) over all windows of the clip, times how many there are. Videos and disk are left out.
 Latents are random: the work is the same. Peak memory is the allocator's, or on a CPU the process's.
@@ -50,7 +50,7 @@ INVERTED: Final = 16
 T: Final = 401
 ALPHA: Final = 0.5
 STEPS: Final = {"official": 50, "default": 25}
-INVERSION_ROWS: Final = {"official": 1000, "default": 50}
+INVERSION_ROWS: Final = {"official": 1000, "default": 51}
 """UNet rows a frame."""
 
 

@@ -15,13 +15,15 @@ from torch import Tensor
 from tokenflow_batch.demo.scenes import Clip
 from tokenflow_batch.models import Model
 from tokenflow_batch.tokenflow.ddim import (
+    LOOKED_BACK,
     Schedule,
-    implied_noise,
+    foreseen_noise,
     invert_fixed_point,
     invert_plain,
     move,
 )
 from tokenflow_batch.tokenflow.denoise import Denoiser
+from tokenflow_batch.tokenflow.modes import inversion_evaluations
 
 BATCH = 8
 """Frames per UNet call."""
@@ -57,10 +59,9 @@ def invert(
         embeds: source prompt, one row for all frames or one each.
         schedule: the steps.
         extra: fixed-point iterations; 0 is plain inversion.
-        warm: begin each step along the noise that the one before went along.
+        warm: begin each step along the noise that those before went along.
     """
-    before, x, before_alpha, alpha = clean, clean, schedule.final_alpha, schedule.final_alpha
-    kept = []
+    latents, alphas = [clean], [schedule.final_alpha]  # the latest first
     for i, (t, alpha_t) in enumerate(
         zip(schedule.timesteps[::-1], schedule.alphas[::-1], strict=True)
     ):
@@ -68,16 +69,17 @@ def invert(
         def noise(x_NChw: Tensor, at: int, level: float = alpha_t) -> Tensor:
             return denoiser.noise(x_NChw, at, level, embeds)
 
+        x, alpha = latents[0], alphas[0]
         if extra == 0:
             found = invert_plain(noise, x, t, alpha, alpha_t)
         else:
-            start = implied_noise(before, x, before_alpha, alpha) if warm and i > 0 else None
+            start = foreseen_noise(latents[:LOOKED_BACK], alphas[:LOOKED_BACK]) if warm else None
+            more = inversion_evaluations(i, extra) - 1
             found = invert_fixed_point(
-                noise, x, t, alpha, alpha_t, extra=extra, warm_noise_FChw=start
+                noise, x, t, alpha, alpha_t, extra=more, warm_noise_FChw=start
             )
-        before, x, before_alpha, alpha = x, found.x, alpha, alpha_t
-        kept.append(x)
-    return torch.stack(kept[::-1])
+        latents, alphas = [found.x, *latents], [alpha_t, *alphas]
+    return torch.stack(latents[:-1])
 
 
 def sample(denoiser: Denoiser, x: Tensor, embeds: Tensor, schedule: Schedule) -> Tensor:

@@ -251,6 +251,7 @@ class TokenFlow:
         focus: whether guidance ends where the prompts say the same; published mode knows nothing
             of it.
         detail: whether frames then also take some of their own attention where they differ.
+        stronger: whether guidance then goes farther where they do.
     """
 
     mode: Mode = DEFAULT
@@ -258,6 +259,7 @@ class TokenFlow:
     interval: tuple[float, float] = (0.0, 1.0)
     focus: bool = True
     detail: bool = True
+    stronger: bool = True
 
     def __call__(self, denoiser: Denoiser, hooks: Hooks, now: Moment, x: Tensor) -> Tensor:
         """See `Method`."""
@@ -267,8 +269,12 @@ class TokenFlow:
             now = replace(now, thresholds=replace(now.thresholds, guidance_focus=1.0))
         index = correspondences(now) if self.mode.stored_source else []
         guidance = now.guidance(self.interval)
+        if not self.detail:
+            guidance = replace(guidance, detail=now.steps)
+        if not self.stronger:
+            guidance = replace(guidance, stronger=1.0)
         settings = EditSettings(
-            guidance=guidance if self.detail else replace(guidance, detail=now.steps),
+            guidance=guidance,
             injection=now.injection,
             steps=now.steps,
             batch=now.thresholds.segment_length,

@@ -309,7 +309,7 @@ def joined(
         shared["stored_conv_NChw"] = now.conv[batch] if conv else None
         active = spread(batch, [near[f] for f in batch], **shared)
         *_, negative, target = predict(denoiser, hooks, now, active, x, batch)
-        found.append(guided(negative, target, guidance.scale, active.focus()))
+        found.append(guided(negative, target, guidance.scale_at(now.step), active.focus()))
     return torch.cat(found)
 
 
@@ -324,6 +324,7 @@ OPTIONS: Final[Mapping[str, Method]] = {
     "agreed motion": TokenFlow(replace(DEFAULT, following_late="agreed")),
     "votes": TokenFlow(replace(DEFAULT, following="voted")),
     "no own detail": TokenFlow(detail=False),
+    "no stronger guidance": TokenFlow(stronger=False),
     "guidance to 0.8": TokenFlow(interval=(0.0, 0.8)),
     "fixed keyframes": TokenFlow(keyframes=middle_keyframes),
     "forward-backward": Variant(Building(reach=1)),

@@ -80,6 +80,7 @@ from tokenflow_batch.models import load as load_model
 from tokenflow_batch.sheet import contact_sheet
 from tokenflow_batch.tokenflow.denoise import Denoiser
 from tokenflow_batch.tokenflow.injection import CONV_SITE, attention_sites
+from tokenflow_batch.tokenflow.modes import inversion_evaluations
 
 Frames = NDArray[np.uint8]
 
@@ -216,7 +217,7 @@ def compare_inversions(model: Model, scene: Scene) -> dict[str, Any]:
         start = latents[inversion.timesteps.index(sampling.timesteps[0])]
         shown = model.decode(sample(denoiser, start, embeds, sampling))
         values = [psnr(a, b) for a, b in zip(shown, own, strict=True)]
-        rows = steps * (1 + extra) + back
+        rows = sum(inversion_evaluations(i, extra) for i in range(steps)) + back
         found[name] = {"mean": float(np.mean(values)), "rows_per_frame": rows}
     return found
 

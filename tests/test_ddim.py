@@ -13,10 +13,12 @@ from tiny_model import SCHEDULER
 
 from tokenflow_batch.tokenflow.ddim import (
     CARRIED_OVER,
+    LOOKED_BACK,
     TOLERANCE,
     Inverted,
     Schedule,
     converged,
+    foreseen_noise,
     implied_noise,
     invert_fixed_point,
     invert_plain,
@@ -26,6 +28,7 @@ from tokenflow_batch.tokenflow.ddim import (
     residual,
     retry,
 )
+from tokenflow_batch.tokenflow.modes import inversion_evaluations
 from tokenflow_batch.tokenflow.samplers import SAMPLERS, State
 
 SHAPE = (2, 3, 4, 6)
@@ -146,20 +149,65 @@ def test_sampling_undoes_fixed_point_inversion_of_a_denoiser_that_depends_on_the
     x0 = normal(0)
     gaps = {}
     for extra in (0, 1, 3, 12):
-        x, warm, before = x0, None, None
+        x, latents, alphas = x0, [], []
         for t, alpha, alpha_t in up_the_schedule(schedule):
             noise = lambda y, at: smooth_noise(y, level[at])  # noqa: E731
             if extra == 0:
                 x = invert_plain(noise, x, t, alpha, alpha_t).x
                 continue
-            if before is not None:
-                warm = implied_noise(before[0], x, before[1], alpha)
-            before = (x, alpha)
+            latents, alphas = [x, *latents][:LOOKED_BACK], [alpha, *alphas][:LOOKED_BACK]
+            warm = foreseen_noise(latents, alphas)
             x = invert_fixed_point(noise, x, t, alpha, alpha_t, extra=extra, warm_noise_FChw=warm).x
         back = sampled(schedule, x, lambda y, _, alpha: smooth_noise(y, alpha))
         gaps[extra] = float((back - x0).square().mean().sqrt())
     assert gaps[0] > 2 * gaps[1] > 4 * gaps[3]
     assert gaps[12] < 1e-4
+
+
+def went_along(noises, alphas):
+    """Latents, the latest first, of steps that went along these noises, the first one's first."""
+    latents = [normal(0)]
+    for noise, alpha, alpha_to in zip(noises, alphas, alphas[1:], strict=False):
+        latents.insert(0, move(latents[0], noise, alpha, alpha_to))
+    return latents, alphas[::-1]
+
+
+ALPHAS = [0.98, 0.9, 0.75, 0.5]
+
+
+def test_noise_is_foreseen_as_it_has_changed_or_as_it_was_each_frame_for_itself():
+    first, change = normal(1), 0.1 * normal(2)
+    steady = [first, first + change, first + 2 * change]
+    to_and_fro = [first, first + change, first]
+    mixed = [torch.stack((a[0], b[1])) for a, b in zip(steady, to_and_fro, strict=True)]
+    found = foreseen_noise(*went_along(mixed, ALPHAS))
+    close(found[0], double(first + 3 * change)[0], rtol=1e-4)
+    close(found[1], double(first)[1], rtol=1e-4)
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2])
+def test_after_few_steps_noise_is_foreseen_as_it_was(steps):
+    noises = [normal(n) for n in range(1, 4)]
+    found = foreseen_noise(*went_along(noises[:steps], ALPHAS[: steps + 1]))
+    if steps == 0:
+        assert found is None
+    else:
+        close(found, double(noises[steps - 1]), rtol=1e-4)
+
+
+def test_a_step_that_went_nowhere_tells_no_noise():
+    # Stable Diffusion's schedule: its cleanest timestep has the clean latent's own ᾱ.
+    noises, alphas = [normal(n) for n in range(1, 5)], [ALPHAS[0], *ALPHAS]
+    assert foreseen_noise(*went_along(noises[:1], alphas[:2])) is None
+    found = foreseen_noise(*went_along(noises[:3], alphas[:4]))
+    close(found, double(noises[2]), rtol=1e-4)
+    found = foreseen_noise(*went_along(noises, alphas))
+    assert torch.isfinite(found).all()
+
+
+def test_the_second_inversion_step_alone_evaluates_once_more():
+    assert [inversion_evaluations(i, 2) for i in range(4)] == [3, 4, 3, 3]
+    assert [inversion_evaluations(i, 0) for i in range(4)] == [1, 1, 1, 1]
 
 
 @pytest.mark.parametrize("warm", [False, True])

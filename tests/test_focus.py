@@ -139,11 +139,18 @@ def everywhere_as_far(monkeypatch, share):
 
 
 def test_where_the_prompts_differ_everywhere_it_is_as_if_nothing_were_focused(unet, monkeypatch):
-    plain, _ = predicted(unet, Guidance(6.0))
+    """But for a g that is as much farther from 1 as `stronger` says."""
+    plain, _ = predicted(unet, Guidance(6.625))
     everywhere_as_far(monkeypatch, 1.0)
     for own in (5, 6):
         found, _ = predicted(unet, Guidance(6.0, focus=5, own=own))
         torch.testing.assert_close(found, plain, atol=1e-4, rtol=1e-4)
+
+
+def test_guidance_goes_farther_from_the_step_on_where_it_acts_in_some_places_only():
+    guidance = Guidance(6.0, focus=5, stronger=1.5)
+    assert [guidance.scale_at(step) for step in (0, 4, 5, 9)] == [6.0, 6.0, 8.5, 8.5]
+    assert not Guidance(1.0, focus=5).on(7)
 
 
 def test_where_they_differ_nowhere_guidance_has_no_scale(unet, monkeypatch):

@@ -123,8 +123,8 @@ def test_every_frame_comes_out_at_its_time_whatever_their_number(tmp_path, tiny_
     metrics = json.loads((tmp_path / "out" / "clip" / "blue" / "metrics.json").read_text())
     assert metrics["frames"] == frames
     assert (metrics["warp_error"]["edited"] is None) == (frames == 1)
-    assert metrics["unet_rows"]["invert"] == 2 * 2 * frames
-    assert metrics["work"]["invert"]["unet_rows_per_frame"] == 2 * 2
+    assert metrics["unet_rows"]["invert"] == (2 * 2 + 1) * frames
+    assert metrics["work"]["invert"]["unet_rows_per_frame"] == 2 * 2 + 1
     assert metrics["work"]["edit"]["gflop_per_frame"] > 0
 
 
@@ -144,7 +144,7 @@ def test_frames_whose_inversion_does_not_converge_are_retried_and_named(
     assert found["unconverged"] > 0
     assert found["largest"] > 0.1
     assert metrics["unet_rows"]["retried"] > 0
-    assert metrics["unet_rows"]["invert"] == 2 * 2 * 5
+    assert metrics["unet_rows"]["invert"] == (2 * 2 + 1) * 5
     assert f"the worst is frame {found['worst_frame']} " in caplog.text
 
 

@@ -19,9 +19,9 @@ from tokenflow_batch.stage_names import StageName
 
 VERSIONS: Mapping[StageName, int] = {
     "encode": 2,
-    "invert": 3,
+    "invert": 4,
     "match": 3,
-    "edit": 10,
+    "edit": 11,
     "render": 1,
     "report": 2,
 }

@@ -18,7 +18,14 @@ from tokenflow_batch.tokenflow.keyframes import (
     segments,
     true_neighbours,
 )
-from tokenflow_batch.tokenflow.modes import MODES, Guidance, Injection, Mode, branch_count
+from tokenflow_batch.tokenflow.modes import (
+    MODES,
+    Guidance,
+    Injection,
+    Mode,
+    branch_count,
+    inversion_evaluations,
+)
 from tokenflow_batch.tokenflow.windows import Layout, WindowMoment, batches, chunks
 
 
@@ -153,11 +160,16 @@ def _times(calls: Calls, count: int) -> Counter[UNetCall]:
     return Counter({call: n * count for call, n in calls.items()})
 
 
+def inversion_rows(settings: Settings) -> int:
+    """UNet rows of a frame's inversion, but for retries."""
+    extra = settings.inversion_iterations
+    return sum(inversion_evaluations(i, extra) for i in range(settings.inversion_steps))
+
+
 def _invert(s: Settings, frames: int) -> Counter[UNetCall]:
-    evaluations = s.inversion_steps * (1 + s.inversion_iterations)
     total: Counter[UNetCall] = Counter()
     for chunk in chunks(frames, s.chunk_frames):
-        total += _times(_plain(chunk.frames, s.unet_batch), evaluations)
+        total += _times(_plain(chunk.frames, s.unet_batch), inversion_rows(s))
     return total
 
 

@@ -17,6 +17,7 @@ from tokenflow_batch.plan import (
     guidance_of,
     hands_over,
     injection_of,
+    inversion_rows,
     layout_of,
     recomputes_conv,
 )
@@ -60,7 +61,7 @@ def row_counts(
         match -= handed_rows(s, frames)
     edit = _edit_work(s, frames, cuts)
     return {
-        "invert": frames * s.inversion_steps * (1 + s.inversion_iterations),
+        "invert": frames * inversion_rows(s),
         "match": match if mode.stored_source else 0,
         "edit": edit.joint + edit.spread,
     }

@@ -23,16 +23,18 @@ from tokenflow_batch.stages.matching import Matching, Unit
 from tokenflow_batch.store import ArrayStore, unit_name
 from tokenflow_batch.tokenflow.attention import tokenflow_hooks
 from tokenflow_batch.tokenflow.ddim import (
+    LOOKED_BACK,
     TOLERANCE,
     Inverted,
     Schedule,
     converged,
-    implied_noise,
+    foreseen_noise,
     invert_fixed_point,
     invert_plain,
     retry,
 )
 from tokenflow_batch.tokenflow.denoise import Denoiser
+from tokenflow_batch.tokenflow.modes import inversion_evaluations
 from tokenflow_batch.tokenflow.windows import Chunk, batches
 
 
@@ -179,7 +181,7 @@ class _Inversion:
         matched = self.handed.begin(i, chunk) if self.handed else None
         parts = batches(chunk.frames, self.settings.unet_batch)
         reads = ahead(((b, self._read(i, b)) for b in parts), 1)
-        done = [self._batch(i, b, *read, matched) for b, read in reads]
+        done = [self._batch(i, b, read, matched) for b, read in reads]
         require_finite(torch.cat([d.x for d in done]), f"inversion step {i}, {chunk.frames}")
         values = {
             "latents": torch.cat([d.x for d in done]).cpu().numpy(),
@@ -202,23 +204,20 @@ class _Inversion:
         if self.handed:
             self.handed.add(i, chunk, matched)
 
-    def _read(self, i: int, frames: Sequence[int]) -> tuple[Tensor, Tensor | None]:
-        """Latents before step `i`, and those before them where they serve for a warm start."""
-        x = self._latents(i - 1, frames)
-        plain = self.settings.inversion_iterations == 0
-        if plain or i == 0 or self._alpha(i - 2) == self._alpha(i - 1):
-            return x, None
-        return x, self._latents(i - 2, frames)
+    def _read(self, i: int, frames: Sequence[int]) -> list[Tensor]:
+        """Latents before step `i`, the latest first: as many as have a use."""
+        count = 1 if self.settings.inversion_iterations == 0 else LOOKED_BACK
+        return [self._latents(j, frames) for j in range(i - 1, max(i - 1 - count, -2), -1)]
 
     def _batch(
         self,
         i: int,
         frames: Sequence[int],
-        x: Tensor,
-        earlier: Tensor | None,
+        latents: Sequence[Tensor],
         matched: Unit | None,
     ) -> Inverted:
-        t, alpha_t, alpha = self.timesteps[i], self.alphas[i], self._alpha(i - 1)
+        alphas = [self._alpha(i - 1 - n) for n in range(len(latents))]
+        t, alpha_t, x, alpha = self.timesteps[i], self.alphas[i], latents[0], alphas[0]
 
         def noise(x_NChw: Tensor, at: int) -> Tensor:
             raw = self.settings.mode == "official"
@@ -226,10 +225,6 @@ class _Inversion:
 
         if self.settings.inversion_iterations == 0:
             return invert_plain(noise, x, t, alpha, alpha_t)
-        warm = None
-        if earlier is not None:
-            # The noise that the previous step went along: state that needs no storing.
-            warm = implied_noise(earlier, x, self._alpha(i - 2), alpha)
         watch = Watch(self.handed.hooks, noise) if self.handed and matched else None
         found = invert_fixed_point(
             watch.noise if watch else noise,
@@ -237,8 +232,8 @@ class _Inversion:
             t,
             alpha,
             alpha_t,
-            extra=self.settings.inversion_iterations,
-            warm_noise_FChw=warm,
+            extra=inversion_evaluations(i, self.settings.inversion_iterations) - 1,
+            warm_noise_FChw=foreseen_noise(latents, alphas),  # state that needs no storing
             better=watch.better if watch else None,
         )
         rows, flops = self.denoiser.rows, self.denoiser.flops

@@ -6,8 +6,9 @@ whatever the model computes in.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -104,6 +105,37 @@ def residual(x_FChw: Tensor, y_FChw: Tensor) -> Tensor:
     return (x_FChw - y_FChw).square().mean(dim=(1, 2, 3)).sqrt()
 
 
+LOOKED_BACK = 4
+"""Latents that `foreseen_noise` has a use for."""
+
+
+def foreseen_noise(latents: Sequence[Tensor], alphas: Sequence[float]) -> Tensor | None:
+    """The noise to start an inversion step along, from those that the steps before went along.
+
+    It changes from step to step by nearly the same again, where a frame's inversion is smooth, and
+    back and forth where it is not. So each frame goes on as it has changed last, 2·ε₁ − ε₂, if
+    that would have been the better guess a step ago, and along ε₁ itself if not.
+
+    Args:
+        latents: before the step, the latest first, each (F, C, h, w): `LOOKED_BACK`, or as many
+            as there are from the clean one on.
+        alphas: ᾱ of each.
+
+    Returns:
+        (F, C, h, w), or None where no step has been made or none went anywhere.
+    """
+    noises = []
+    for (x, alpha), (cleaner, alpha_cleaner) in pairwise(zip(latents, alphas, strict=True)):
+        if alpha == alpha_cleaner:  # the first timestep can be the clean latent's own
+            break
+        noises.append(implied_noise(cleaner, x, alpha_cleaner, alpha))
+    if len(noises) < LOOKED_BACK - 1:
+        return noises[0] if noises else None
+    last, second, third = noises
+    better_F = residual(2 * second - third, last) < residual(second, last)
+    return torch.where(better_F.view(-1, 1, 1, 1), 2 * last - second, last)
+
+
 def longer_step(alpha: float, alpha_t: float) -> float:
     """By what the fixed-point iteration's first step is lengthened: over-relaxation.
 
@@ -161,7 +193,7 @@ def invert_fixed_point(
 ) -> Inverted:
     """Solve x_t = move(x_s, ε(x_t, t)), the sampler's own equation, by `1 + extra` evaluations.
 
-    Starts along `warm_noise` (the previous step's) or, without one, along the noise at x_s, which
+    Starts along `warm_noise` (`foreseen_noise`) or, without one, along the noise at x_s, which
     costs the first evaluation. The first iteration goes `longer_step` times as far as the equation
     says. Of the iterates that were evaluated, each frame keeps the one with the smallest residual:
     on hard frames more iterations can make it worse.

@@ -245,7 +245,7 @@ def predict_window(
         noise_RNChw, rows = call.run(spread, latents, len(batch))
         noise = noise_RNChw[-1]
         if with_guidance:
-            noise = guided(noise_RNChw[-2], noise, settings.guidance.scale, spread.focus())
+            noise = guided(noise_RNChw[-2], noise, settings.guidance.scale_at(step), spread.focus())
         predictions.append(noise.cpu())
         on_rows(rows)
     return torch.cat(predictions)

@@ -86,6 +86,11 @@ _DETAIL = 0.92
 """Share of the steps from which on they also keep some of it where the prompts differ."""
 
 
+_STRONGER = 1.125
+"""How much farther guidance goes while it acts in some places only. Limited, it can be stronger
+(Kynkäänniemi et al. again), and what frames share has less contrast than each would have alone."""
+
+
 @dataclass(frozen=True)
 class Guidance:
     """Classifier-free guidance, during which sampling steps, and from when on not everywhere.
@@ -101,6 +106,7 @@ class Guidance:
             than the source's (`focus`); elsewhere g is 1.
         own: of these, the first step at which frames also keep their own attention elsewhere.
         detail: of these, the first at which they keep some of it in the places that differ, too.
+        stronger: what g − 1 is multiplied by where guidance acts in some places only.
     """
 
     scale: float
@@ -109,6 +115,7 @@ class Guidance:
     focus: int = 1 << 30
     own: int = 1 << 30
     detail: int = 1 << 30
+    stronger: float = _STRONGER
 
     @classmethod
     def within(
@@ -126,6 +133,10 @@ class Guidance:
         """Whether a step has guidance in some places only."""
         return self.on(step) and step >= self.focus
 
+    def scale_at(self, step: int) -> float:
+        """g at a step with guidance."""
+        return 1 + (self.scale - 1) * self.stronger if self.focused(step) else self.scale
+
     def keeps(self, step: int) -> bool:
         """Whether at a step frames keep their own attention in the other places."""
         return self.focused(step) and step >= self.own
@@ -135,6 +146,20 @@ class Guidance:
         if not self.keeps(step):
             return 0
         return 3 if step >= self.detail else 1
+
+
+def inversion_evaluations(step: int, iterations: int) -> int:
+    """How often an inversion step evaluates the model, which is its UNet rows a frame.
+
+    The second step has one evaluation more: the signal level changes most there, and nothing but
+    the cleanest step, which says least about noise, tells it where to start. Its residual was ten
+    times any other's.
+
+    Args:
+        step: 0 the cleanest.
+        iterations: those after the first evaluation; 0 is plain DDIM.
+    """
+    return 1 + iterations + (step == 1) if iterations else 1
 
 
 def branch_count(
