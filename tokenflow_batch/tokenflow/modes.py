@@ -1,4 +1,5 @@
-"""Published and default mode, and the injection thresholds: choices, not code paths.
+"""Published and default mode, injection thresholds, guidance, evaluations of an inversion: choices,
+not code paths.
 
 Plain Python, so that planning can count UNet rows without importing torch.
 """
@@ -85,7 +86,6 @@ what it brings comes from the last steps, and each takes a row more of every fra
 _DETAIL = 0.92
 """Share of the steps from which on they also keep some of it where the prompts differ."""
 
-
 _STRONGER = 1.125
 """How much farther guidance goes while it acts in some places only. Limited, it can be stronger
 (Kynkäänniemi et al. again), and what frames share has less contrast than each would have alone."""
@@ -151,9 +151,8 @@ class Guidance:
 def inversion_evaluations(step: int, iterations: int) -> int:
     """How often an inversion step evaluates the model, which is its UNet rows a frame.
 
-    The second step has one evaluation more: the signal level changes most there, and nothing but
-    the cleanest step, which says least about noise, tells it where to start. Its residual was ten
-    times any other's.
+    The second step has one evaluation more: nothing but the cleanest step, which says least about
+    noise, tells it where to start, and it is left with the largest residual.
 
     Args:
         step: 0 the cleanest.
