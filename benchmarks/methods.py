@@ -252,6 +252,7 @@ class TokenFlow:
             of it.
         detail: whether frames then also take some of their own attention where they differ.
         stronger: whether guidance then goes farther where they do.
+        back: whether what is left as it was goes back to the source.
     """
 
     mode: Mode = DEFAULT
@@ -260,6 +261,7 @@ class TokenFlow:
     focus: bool = True
     detail: bool = True
     stronger: bool = True
+    back: bool = True
 
     def __call__(self, denoiser: Denoiser, hooks: Hooks, now: Moment, x: Tensor) -> Tensor:
         """See `Method`."""
@@ -273,6 +275,7 @@ class TokenFlow:
             guidance = replace(guidance, detail=now.steps)
         if not self.stronger:
             guidance = replace(guidance, stronger=1.0)
+        guidance = replace(guidance, back=self.back)
         settings = EditSettings(
             guidance=guidance,
             injection=now.injection,

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from tokenflow_batch.tokenflow.attention import Hooks, attend, merge_heads, split_heads
 from tokenflow_batch.tokenflow.correspondence import normalise
-from tokenflow_batch.tokenflow.denoise import Denoiser
-from tokenflow_batch.tokenflow.focus import Focus, guided
+from tokenflow_batch.tokenflow.denoise import Denoiser, combined
+from tokenflow_batch.tokenflow.focus import Focus
 from tokenflow_batch.tokenflow.injection import Site
 from tokenflow_batch.tokenflow.keyframes import Neighbours, segments
 from tokenflow_batch.tokenflow.modes import DEFAULT, Following
@@ -308,8 +308,9 @@ def joined(
         batch = list(frames)
         shared["stored_conv_NChw"] = now.conv[batch] if conv else None
         active = spread(batch, [near[f] for f in batch], **shared)
-        *_, negative, target = predict(denoiser, hooks, now, active, x, batch)
-        found.append(guided(negative, target, guidance.scale_at(now.step), active.focus()))
+        noise = torch.stack(predict(denoiser, hooks, now, active, x, batch))
+        latents = [now.source[batch], x[batch], x[batch]][-active.branches :]
+        found.append(combined(noise, latents, active.focus(), guidance, now.step, now.alpha))
     return torch.cat(found)
 
 
@@ -324,6 +325,7 @@ OPTIONS: Final[Mapping[str, Method]] = {
     "agreed motion": TokenFlow(replace(DEFAULT, following_late="agreed")),
     "votes": TokenFlow(replace(DEFAULT, following="voted")),
     "no own detail": TokenFlow(detail=False),
+    "not back to the source": TokenFlow(back=False),
     "no stronger guidance": TokenFlow(stronger=False),
     "guidance to 0.8": TokenFlow(interval=(0.0, 0.8)),
     "fixed keyframes": TokenFlow(keyframes=middle_keyframes),

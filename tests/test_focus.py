@@ -16,7 +16,7 @@ from tokenflow_batch.tokenflow import focus as focus_module
 from tokenflow_batch.tokenflow.attention import tokenflow_hooks
 from tokenflow_batch.tokenflow.compiled import compile_parts
 from tokenflow_batch.tokenflow.denoise import Denoiser, EditSettings, Prompts, predict_window
-from tokenflow_batch.tokenflow.focus import Focus, guided
+from tokenflow_batch.tokenflow.focus import CHANGED, UNCHANGED, Focus, guided, returned
 from tokenflow_batch.tokenflow.modes import DEFAULT, Guidance, Injection
 from tokenflow_batch.tokenflow.windows import WindowMoment
 from tokenflow_batch.unet_flops import focus_sites
@@ -169,6 +169,58 @@ def test_a_place_gets_its_share_of_guidance():
     whole, none = guided(negative, target, 6.0), guided(negative, target, 1.0)
     expected = none + where * (whole - none)
     torch.testing.assert_close(guided(negative, target, 6.0, where), expected, atol=1e-5, rtol=1e-5)
+
+
+def apart(by):
+    """Edit and source of one frame, and the edit's noise, their predictions `by` apart."""
+    alpha, x, source, theirs = 0.9, *(normal(n, 1, 4, *HW).double() for n in (1, 2, 3))
+    goal = (source - (1 - alpha) ** 0.5 * theirs) / alpha**0.5 + by
+    noise = (x - alpha**0.5 * goal) / (1 - alpha) ** 0.5
+    return noise, theirs, x, source, alpha
+
+
+def clean(x, noise, alpha):
+    return (x - (1 - alpha) ** 0.5 * noise) / alpha**0.5
+
+
+@pytest.mark.parametrize(
+    ("by", "share"),
+    [(0.1, 1.0), (UNCHANGED, 1.0), ((UNCHANGED + CHANGED) / 2, 0.5), (CHANGED, 0.0), (3.0, 0.0)],
+)
+def test_what_is_left_as_it_was_goes_back_to_the_source(by, share):
+    """Its predicted clean latents are the source's then, and all the less the more has changed."""
+    noise, theirs, x, source, alpha = apart(by)
+    agree = torch.zeros(1, 1, *HW, dtype=torch.float64)
+    found = clean(x, returned(noise, theirs, x, source, alpha, agree), alpha)
+    expected = clean(source, theirs, alpha) + (1 - share) * by
+    torch.testing.assert_close(found, expected, atol=1e-9, rtol=0)
+
+
+def test_only_where_the_prompts_agree():
+    noise, theirs, x, source, alpha = apart(0.1)
+    where = torch.rand(1, 1, *HW, generator=torch.Generator().manual_seed(3)).double()
+    found = clean(x, returned(noise, theirs, x, source, alpha, where), alpha)
+    expected = clean(source, theirs, alpha) + 0.1 * where
+    torch.testing.assert_close(found, expected, atol=1e-9, rtol=0)
+
+
+def test_a_changed_place_stays_beside_one_that_goes_back():
+    noise, theirs, x, source, alpha = apart(0.0)
+    noise[..., :4] += 5.0
+    agree = torch.zeros(1, 1, *HW, dtype=torch.float64)
+    found = returned(noise, theirs, x, source, alpha, agree)
+    assert torch.equal(found[..., :3], noise[..., :3])
+
+
+def test_a_window_goes_back_with_its_own_attention(unet, monkeypatch):
+    """Nothing is edited yet and the prompts agree: what is found is the source's own noise."""
+    everywhere_as_far(monkeypatch, 0.0)
+    held, text = Held(4), normal(7, 5, WIDTH).unsqueeze(0)
+    source = Denoiser(unet, "epsilon").noise(held.x, 421, 0.5, text)
+    found, _ = predicted(unet, Guidance(6.0, focus=5, own=5))
+    torch.testing.assert_close(found, source, atol=1e-4, rtol=1e-4)
+    for other in (Guidance(6.0, focus=5, own=5, back=False), Guidance(6.0, focus=5)):
+        assert not torch.allclose(predicted(unet, other)[0], source, atol=1e-2)
 
 
 def test_before_its_step_no_bit_is_another(unet):

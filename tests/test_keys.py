@@ -40,9 +40,9 @@ LITERAL = {
     "encode": "79ca856a10d75d7cd4dd26fc",
     "invert": "41a471d958428fae6b822a8f",
     "match": "87a70d22e3833b7a375a2441",
-    "edit": "152a8444c88fbb278594a62e",
-    "render": "d8f13a119163ff5880c3daf3",
-    "report": "400b543fe56c63aec31ea01e",
+    "edit": "1ac6617ac490365c55c40189",
+    "render": "de369f601f0eef5602bd011f",
+    "report": "dc814eb9da79ed33cfba9e13",
 }
 
 

@@ -124,7 +124,8 @@ class Settings(Frozen):
         0.5,
         description="share of the sampling steps from which on there is guidance only where the "
         "prompt asks for something else than the source's, and in the last sixth frames keep "
-        "their own attention elsewhere; 1: everywhere to the end",
+        "their own attention elsewhere, and what is left as it was goes back to the source; "
+        "1: everywhere to the end",
     )
     technique: Technique = "pnp"
     attn_t: SHARE = Field(0.5, description="PnP: share of steps with injected queries and keys")

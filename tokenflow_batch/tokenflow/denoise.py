@@ -22,7 +22,7 @@ from tokenflow_batch.clock import measured
 from tokenflow_batch.tokenflow.attention import Hooks
 from tokenflow_batch.tokenflow.correspondence import Backend
 from tokenflow_batch.tokenflow.ddim import noise_from_prediction
-from tokenflow_batch.tokenflow.focus import Focus, guided
+from tokenflow_batch.tokenflow.focus import Focus, guided, returned
 from tokenflow_batch.tokenflow.keyframes import Neighbours
 from tokenflow_batch.tokenflow.modes import DEFAULT, Guidance, Injection, Mode, branch_count
 from tokenflow_batch.tokenflow.passes import Enough, FeaturePass, KeyframePass
@@ -218,8 +218,7 @@ def predict_window(
     joint = _keyframe_pass(settings, hooks, inputs, window, step)
     if settings.guidance.focused(step):
         joint.focus = Focus(denoiser.unet, prompts.source, len(together), settings.latent_hw)
-    with_guidance = settings.guidance.on(step)
-    call = _Call(denoiser, hooks, inputs, _texts(prompts, with_guidance), t, alpha)
+    call = _Call(denoiser, hooks, inputs, _texts(prompts, settings.guidance.on(step)), t, alpha)
     recompute = settings.recomputes_conv(step)
     if recompute and joint.branches == joint.edited:  # else they are the batch's own source's
         joint.stored_conv_KChw = call.features(inputs.source(together))
@@ -243,12 +242,36 @@ def predict_window(
         if recompute:
             spread.stored_conv_NChw = call.features_of(batch, joint, window.keyframes, source)
         noise_RNChw, rows = call.run(spread, latents, len(batch))
-        noise = noise_RNChw[-1]
-        if with_guidance:
-            noise = guided(noise_RNChw[-2], noise, settings.guidance.scale_at(step), spread.focus())
+        noise = combined(noise_RNChw, latents, spread.focus(), settings.guidance, step, alpha)
         predictions.append(noise.cpu())
         on_rows(rows)
     return torch.cat(predictions)
+
+
+def combined(
+    noise_RNChw: Tensor,
+    latents_R: Sequence[Tensor],
+    where_N1hw: Tensor | None,
+    guidance: Guidance,
+    step: int,
+    alpha: float,
+) -> Tensor:
+    """The branches' predictions as one, (N, C, h, w): guided, and led back to the source.
+
+    Args:
+        noise_RNChw: what a propagation pass has predicted.
+        latents_R: from what, (N, C, h, w) a branch.
+        where_N1hw: how far the prompts differ, 0 to 1; None where that is not asked.
+        guidance: the edit's.
+        step: sampling step, 0 the noisiest.
+        alpha: ᾱ there.
+    """
+    noise = noise_RNChw[-1]
+    if guidance.on(step):
+        noise = guided(noise_RNChw[-2], noise, guidance.scale_at(step), where_N1hw)
+    if where_N1hw is not None and guidance.returns(step):
+        noise = returned(noise, noise_RNChw[0], latents_R[-1], latents_R[0], alpha, where_N1hw)
+    return noise
 
 
 def _texts(prompts: Prompts, guided: bool) -> tuple[Tensor, ...]:

@@ -3,7 +3,8 @@
 Where both prompts say the same, guidance late in sampling sharpens what is not to change, a little
 differently in every frame. What a place is told is the output of its cross-attention. So that is
 computed a second time, from the source's prompt and for the target's own queries, and how far the
-two lie apart says how much the edit is about this place (docs/architecture.md).
+two lie apart says how much the edit is about this place. Where they agree and the edit has changed
+nothing that one would notice, the last steps lead back to the source (docs/architecture.md).
 
 Shape suffixes: N frames in a batch, L tokens, C channels, T prompt tokens, E embedding width,
 h w latent size.
@@ -33,6 +34,11 @@ _SMOOTHED = 2
 
 _BORDER = 1
 """Latent pixels by which the places that count are widened: an object's outline lies within one."""
+
+UNCHANGED, CHANGED = 0.5, 1.0
+"""Between the predicted clean latents of edit and source, root mean square over channels; latents
+are scaled to a deviation of about 1. Up to where a place counts as left as it is, and from where as
+edited, wherever the prompts differ: an object can be drawn beside its place."""
 
 _LEAST = 1e-6
 """Of a frame's mean difference; keeps the logarithm finite."""
@@ -106,11 +112,16 @@ class Focus:
             raise RuntimeError("no pass has been watched")
         change_N1hw = torch.stack(self._logs).mean(dim=0).exp()
         for _ in range(_SMOOTHED):
-            around = functional.pad(change_N1hw, (1, 1, 1, 1), mode="replicate")
-            change_N1hw = functional.avg_pool2d(around, 3, stride=1)
+            change_N1hw = _averaged(change_N1hw)
         largest_N111 = change_N1hw.amax(dim=(2, 3), keepdim=True)
         here_N1hw = ((change_N1hw / largest_N111 - NOT_HERE) / (HERE - NOT_HERE)).clamp(0, 1)
         return functional.max_pool2d(here_N1hw, 2 * _BORDER + 1, stride=1, padding=_BORDER)
+
+
+def _averaged(x_N1hw: Tensor) -> Tensor:
+    """Over 3 × 3."""
+    around = functional.pad(x_N1hw, (1, 1, 1, 1), mode="replicate")
+    return functional.avg_pool2d(around, 3, stride=1)
 
 
 def guided(negative: Tensor, target: Tensor, scale: float, where: Tensor | None = None) -> Tensor:
@@ -126,3 +137,29 @@ def guided(negative: Tensor, target: Tensor, scale: float, where: Tensor | None 
     if where is None:
         return negative + scale * (target - negative)
     return negative + (1 + (scale - 1) * where.to(target)) * (target - negative)
+
+
+def returned(
+    noise: Tensor, source_noise: Tensor, x: Tensor, source: Tensor, alpha: float, where: Tensor
+) -> Tensor:
+    """Noise that leads back to the source wherever the edit has left that as it is.
+
+    ε* = ε_source + (x − x_source) / √(1 − ᾱ) makes the clean latents predicted from x those that
+    are predicted for the source. It replaces ε as far as the prompts agree and the two predictions
+    lie close together: what is left of their difference is another one in every frame. (DiffEdit,
+    Couairon et al., ICLR 2023, returns to the source outside of its mask, whatever is there.)
+
+    Args:
+        noise: ε of the edit, (N, C, h, w) float32.
+        source_noise: ε_source, of the source alone, (N, C, h, w).
+        x: edited latents, (N, C, h, w).
+        source: the source's at the same timestep, (N, C, h, w).
+        alpha: ᾱ there.
+        where: how far the prompts differ, 0 to 1, (N, 1, h, w).
+    """
+    x, source = x.to(noise), source.to(noise)
+    back = source_noise + (x - source) / (1 - alpha) ** 0.5
+    apart_N1hw = (noise - back).square().mean(dim=1, keepdim=True) * ((1 - alpha) / alpha)
+    apart_N1hw = _averaged(apart_N1hw).sqrt()
+    alike_N1hw = ((CHANGED - apart_N1hw) / (CHANGED - UNCHANGED)).clamp(0, 1)
+    return noise + (1 - where.to(noise)) * alike_N1hw * (back - noise)

@@ -6,7 +6,7 @@ Plain Python, so that planning can count UNet rows without importing torch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from tokenflow_batch.tokenflow.keyframes import (
@@ -107,6 +107,8 @@ class Guidance:
         own: of these, the first step at which frames also keep their own attention elsewhere.
         detail: of these, the first at which they keep some of it in the places that differ, too.
         stronger: what g − 1 is multiplied by where guidance acts in some places only.
+        back: whether frames that keep their own attention elsewhere also go back to the source
+            there, where the edit has left it as it is.
     """
 
     scale: float
@@ -116,6 +118,7 @@ class Guidance:
     own: int = 1 << 30
     detail: int = 1 << 30
     stronger: float = _STRONGER
+    back: bool = field(default=True, kw_only=True)
 
     @classmethod
     def within(
@@ -140,6 +143,10 @@ class Guidance:
     def keeps(self, step: int) -> bool:
         """Whether at a step frames keep their own attention in the other places."""
         return self.focused(step) and step >= self.own
+
+    def returns(self, step: int) -> bool:
+        """Whether at a step places that the edit leaves as they are go back to the source."""
+        return self.back and self.keeps(step)
 
     def own_branches(self, step: int) -> int:
         """In how many branches frames compute attention of their own: the source's, later all."""
