@@ -9,8 +9,8 @@ without a GPU two processes of one thread train faster than one of two:
 
 For 128 pixels, train at 64 first and then go on with
 `latents --size 128 --name latents128` and
-`unet --latents latents128 --init WORK/pipeline --out pipeline128`. `average` is for two pipelines
-of which one was trained from the other.
+`unet --latents latents128 --init WORK/pipeline --out pipeline128`. `average` is for pipelines
+that were trained one from the other.
 """
 
 from __future__ import annotations
@@ -125,14 +125,15 @@ def unet(
 
 @app.command()
 def average(
-    first: Annotated[Path, typer.Argument(help="Folder of a pipeline.")],
-    second: Annotated[Path, typer.Argument(help="One that `unet --init` trained from it.")],
-    out: Annotated[Path, typer.Argument(help="Folder for their mean.")],
+    pipelines: Annotated[
+        list[Path], typer.Argument(help="Folders of pipelines, each trained from one before.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for their mean.")],
 ) -> None:
-    """Save the mean of two pipelines' weights (seconds)."""
+    """Save the mean of pipelines' weights (seconds)."""
     from demo_training.export import average_pipelines
 
-    average_pipelines(first, second, out)
+    average_pipelines(pipelines, out)
 
 
 @app.command()

@@ -109,22 +109,22 @@ def test_the_share_of_pairs_is_the_caches_and_kept_with_it(tmp_path, pairs, two)
     assert {found.scene(i).second is not None for i in range(found.count)} == two
 
 
-def test_the_average_of_two_pipelines_is_half_of_each(tmp_path):
-    weights = []
-    for name, factor in (("first", 1.0), ("second", 0.5)):
+@pytest.mark.parametrize("factors", [(1.0, 0.5), (1.0, 0.5, -0.25)])
+def test_the_average_of_pipelines_has_the_same_share_of_each(tmp_path, factors):
+    weights, folders = [], [tmp_path / str(factor) for factor in factors]
+    for folder, factor in zip(folders, factors, strict=True):
         pipeline = tiny_pipeline().to(torch.float16)
         for parameter in [*pipeline.unet.parameters(), *pipeline.text_encoder.parameters()]:
             parameter.data.mul_(factor)
-        pipeline.save_pretrained(tmp_path / name, variant="fp16", safe_serialization=True)
+        pipeline.save_pretrained(folder, variant="fp16", safe_serialization=True)
         weights.append((pipeline.unet.state_dict(), pipeline.text_encoder.state_dict()))
-    average_pipelines(*(tmp_path / x for x in ("first", "second", "mean")))
+    average_pipelines(folders, tmp_path / "mean")
     mean = StableDiffusionPipeline.from_pretrained(
         tmp_path / "mean", variant="fp16", safety_checker=None, dtype=torch.float16
     )
     for number, found in enumerate((mean.unet, mean.text_encoder)):
-        first, second = (x[number] for x in weights)
         for key, value in found.named_parameters():
-            wanted = (first[key].double() + second[key].double()) / 2
+            wanted = torch.stack([x[number][key].double() for x in weights]).mean(dim=0)
             torch.testing.assert_close(value, wanted.half(), atol=0, rtol=2**-10)
 
 

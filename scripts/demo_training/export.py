@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -60,33 +61,33 @@ def save_pipeline(
 
 
 @torch.no_grad()
-def average_pipelines(first: Path, second: Path, out: Path) -> None:
-    """Save the mean of two pipelines' UNets and text encoders.
+def average_pipelines(folders: Sequence[Path], out: Path) -> None:
+    """Save the mean of pipelines' UNets and text encoders.
 
     A network that went on from another's weights mostly stays in the same basin, so that the mean
-    keeps what both can do (Wortsman et al. 2022, weight-space ensembles of a network and what was
-    fine-tuned from it).
+    keeps what all can do (Wortsman et al. 2022, weight-space ensembles of a network and what was
+    fine-tuned from it; model soups).
 
     Args:
-        first: a saved pipeline with fp16 weights; autoencoder, tokenizer and scheduler are its own.
-        second: one that was trained from `first`.
+        folders: saved pipelines with fp16 weights, each trained from one before; autoencoder,
+            tokenizer and scheduler are the first's.
         out: folder of the mean.
     """
-    kept, other = (
+    kept, *others = (
         StableDiffusionPipeline.from_pretrained(
             folder, variant="fp16", safety_checker=None, dtype=torch.float32
         )
-        for folder in (first, second)
+        for folder in folders
     )
     for name in ("unet", "text_encoder"):
-        theirs = getattr(other, name).state_dict()
+        theirs = [getattr(other, name).state_dict() for other in others]
         for key, value in getattr(kept, name).named_parameters():
-            value.lerp_(theirs[key], 0.5)
+            value.copy_(torch.stack([value, *(weights[key] for weights in theirs)]).mean(dim=0))
     save_pipeline(
         out,
         vae=kept.vae,
         text_encoder=kept.text_encoder,
-        tokenizer=first / "tokenizer",
+        tokenizer=folders[0] / "tokenizer",
         unet=kept.unet,
         scheduler=kept.scheduler,
     )
