@@ -35,10 +35,11 @@ _SMOOTHED = 2
 _BORDER = 1
 """Latent pixels by which the places that count are widened: an object's outline lies within one."""
 
-UNCHANGED, CHANGED = 0.5, 1.0
+UNCHANGED, CHANGED = 0.2, 1.4
 """Between the predicted clean latents of edit and source, root mean square over channels; latents
 are scaled to a deviation of about 1. Up to where a place counts as left as it is, and from where as
-edited, wherever the prompts differ: an object can be drawn beside its place."""
+edited, wherever the prompts differ: an object can be drawn beside its place. Far apart, as places
+that now count and now don't would flicker."""
 
 _LEAST = 1e-6
 """Of a frame's mean difference; keeps the logarithm finite."""
