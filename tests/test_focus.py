@@ -185,7 +185,13 @@ def clean(x, noise, alpha):
 
 @pytest.mark.parametrize(
     ("by", "share"),
-    [(UNCHANGED / 2, 1.0), (UNCHANGED, 1.0), ((UNCHANGED + CHANGED) / 2, 0.5), (CHANGED, 0.0), (3.0, 0.0)],
+    [
+        (UNCHANGED / 2, 1.0),
+        (UNCHANGED, 1.0),
+        ((UNCHANGED + CHANGED) / 2, 0.5),
+        (CHANGED, 0.0),
+        (3.0, 0.0),
+    ],
 )
 def test_what_is_left_as_it_was_goes_back_to_the_source(by, share):
     """Its predicted clean latents are the source's then, and all the less the more has changed."""
