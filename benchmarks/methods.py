@@ -303,7 +303,6 @@ METHODS: Mapping[str, Method] = {
     "per_frame": per_frame,
     "official": TokenFlow(PUBLISHED, focus=False),
     "default": TokenFlow(),
-    "guidance everywhere": TokenFlow(focus=False),
 }
 
 

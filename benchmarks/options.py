@@ -321,6 +321,7 @@ def middle_keyframes(now: Moment) -> list[int]:
 
 
 OPTIONS: Final[Mapping[str, Method]] = {
+    "guidance everywhere": TokenFlow(focus=False),
     "own matches": TokenFlow(replace(DEFAULT, following="own", following_late="own")),
     "agreed motion": TokenFlow(replace(DEFAULT, following_late="agreed")),
     "votes": TokenFlow(replace(DEFAULT, following="voted")),

@@ -71,8 +71,12 @@ def bounds(scenes: Sequence[dict[str, Any]], inversion: Mapping[str, Any]) -> li
     """What the default method must reach, each with its figure and whether it holds.
 
     Args:
-        scenes: with rows of `per_frame`, `official` and `default`.
+        scenes: with rows of `per_frame`, `official`, `default` and `perfect`.
         inversion: `mean` in dB, and `first_scene` where it was compared with plain steps.
+
+    Returns:
+        Rows of `what`, `value`, `bound` and whether it `holds`; of sharpness also what the
+        `perfect` edit has, which may be plain where per-frame editing is not.
     """
     colour = [s for s in scenes if s["kind"] == "color"]
     local = [s for s in scenes if s["kind"] in ("color", "texture")]
@@ -89,8 +93,11 @@ def bounds(scenes: Sequence[dict[str, Any]], inversion: Mapping[str, Any]) -> li
             _at_most("colour edits: warp error of ground, / per frame", ground["ratio"], 0.35),
             _at_most("colour edits: warp error, / per frame", whole["ratio"], 0.6),
         ]
-    sharp = ratio(scenes, "gradient", "default", "per_frame")
-    found.append(_at_least("gradient energy in the mask, / per frame", sharp["ratio"], 0.9))
+    sharp, ideal = (ratio(scenes, "gradient", m, "per_frame") for m in ("default", "perfect"))
+    found.append(
+        _at_least("gradient energy in the mask, / per frame", sharp["ratio"], 0.9)
+        | {"perfect": ideal["ratio"]}
+    )
     if local:
         both = means(local, ("default", "per_frame"))
         gain = both["default"]["background"] - both["per_frame"]["background"]
@@ -115,10 +122,14 @@ def _at_least(what: str, value: float, bound: float) -> dict[str, Any]:
 
 def print_bounds(found: Sequence[Mapping[str, Any]]) -> None:
     """One row per bound."""
-    shown = Table("must hold", "bound", "measured", "")
+    shown = Table("must hold", "bound", "measured", "", "the perfect edit")
     for row in found:
         shown.add_row(
-            row["what"], row["bound"], f"{row['value']:.3f}", "yes" if row["holds"] else "NO"
+            row["what"],
+            row["bound"],
+            f"{row['value']:.3f}",
+            "yes" if row["holds"] else "NO",
+            f"{row['perfect']:.3f}" if "perfect" in row else "",
         )
     Console().print(shown)
 
@@ -130,6 +141,14 @@ def endpoint_means(scenes: Sequence[dict[str, Any]]) -> dict[str, Row]:
         step: {site: mean([s["endpoint_error"][step][site] for s in scenes]) for site in sites}
         for step, sites in steps.items()
     }
+
+
+def print_endpoints(table: Mapping[str, Row]) -> None:
+    """How far the correspondences lie from the exact flow: one row per site, one column a step."""
+    shown = Table("end-point error in tokens", *table)
+    for site in next(iter(table.values())):
+        shown.add_row(site, *(f"{row[site]:.2f}" for row in table.values()))
+    Console().print(shown)
 
 
 def plain(value: Any) -> Any:

@@ -16,6 +16,7 @@ import beyond
 import inverted
 import methods
 import options
+import quality
 import tables
 import truth
 
@@ -140,6 +141,7 @@ def scene_row(kind, default, official, per_frame):
     values = {"default": default, "official": official, "per_frame": per_frame}
     rows = {name: {**rest, "warp_all": value} for name, value in values.items()}
     rows["default"] = {**rows["default"], "warp_ground": 0.3, "background": 22.0}
+    rows["perfect"] = {**rest, "warp_all": 0.1, "gradient": 0.5}
     return {"kind": kind, "rows": rows}
 
 
@@ -158,6 +160,20 @@ def test_bounds_are_judged_in_the_mean_and_in_the_worst_scene():
     ]
     # Only colour edits count against per-frame editing of the whole frame.
     assert not verdicts([scene_row("color", 1, 1.2, 1.5)])["colour edits: warp error, / per frame"]
+
+
+def test_sharpness_stands_beside_what_the_perfect_edit_has():
+    found = tables.bounds([scene_row("color", 1, 1, 2)] * 2, {"mean": 45.5, "first_scene": None})
+    assert [(row["value"], row["perfect"]) for row in found if "perfect" in row] == [(1.0, 0.5)]
+
+
+def test_methods_that_there_are_not_are_named(monkeypatch, capsys):
+    assert quality.method_names("all") == tuple(quality.ALL)
+    assert quality.method_names("default,no own detail") == ("default", "no own detail")
+    monkeypatch.setattr(sys, "argv", ["quality.py", "--methods", "default,magic"])
+    with pytest.raises(SystemExit):
+        quality.parse()
+    assert "no method 'magic'" in capsys.readouterr().err
 
 
 def test_options_are_measured_on_the_first_scenes_alone():
