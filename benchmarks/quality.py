@@ -17,7 +17,8 @@ steps, one fixed-point iteration) with the same prompts and thresholds. One row 
   ground edits);
 - warp error × 10³ along the exact flow, outside occlusions, of all pixels, object and ground; the
   VAE's reconstruction of the source and the perfect edit have rows of their own;
-- sharpness: gradient energy inside the mask, relative to per-frame PnP's.
+- sharpness: gradient energy inside the mask, relative to per-frame PnP's; and how far it is from
+  the perfect edit's, as an object that is to be plain, or coarser, has less.
 
 Ratios between methods are paired by scene, with 95 % bootstrap intervals over scenes.
 
@@ -198,6 +199,8 @@ def run_scene(
     rows = {
         name: score(frames, scene, reconstruction, classifier) for name, frames in videos.items()
     }
+    for row in rows.values():
+        row["gradient_gap"] = abs(row["gradient"] - rows["perfect"]["gradient"])
     found = reconstructed(model, prepared, reconstruction)
     return (
         {"rows": rows, "inversion": found, "endpoint_error": endpoint},
