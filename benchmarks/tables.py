@@ -161,11 +161,14 @@ def plain(value: Any) -> Any:
 
 
 def print_table(table: Mapping[str, Row]) -> None:
-    """One row per method."""
+    """One row per method; gradient energies × 10³, as warp errors are."""
     shown = Table("method")
     columns = [key for key in next(iter(table.values())) if not key.startswith("read_")]
     for key in columns:
         shown.add_column(key, justify="right")
     for name, row in table.items():
-        shown.add_row(name, *(f"{row[key]:.3f}" for key in columns))
+        shown.add_row(
+            name,
+            *(f"{row[k] * (1e3 if k.startswith('gradient') else 1):.3f}" for k in columns),
+        )
     Console().print(shown)
