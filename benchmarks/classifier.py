@@ -196,17 +196,26 @@ def read(classifier: Classifier, images: Sequence[NDArray[np.uint8]]) -> list[Re
 def agreement(reading: Reading, params: SceneParams) -> dict[str, float]:
     """Share of a scene's objects that were read right, by attribute, in the better order.
 
-    A missing object counts as wrong in everything.
+    A missing object counts as wrong in everything. `first_…` is of the first object alone.
     """
     wanted = [(thing.shape, thing.color, thing.texture) for thing in params.objects]
     orders = [wanted, wanted[::-1]]
 
-    def hits(order: Sequence[tuple[str, str, str]]) -> list[float]:
+    def hits(order: Sequence[tuple[str, str, str]]) -> list[tuple[float, float]]:
         pairs = list(zip(reading.objects, order, strict=False))
-        return [sum(seen[i] == asked[i] for seen, asked in pairs) / len(order) for i in range(3)]
+        first = [(seen, asked) for seen, asked in pairs if asked is wanted[0]]
+        return [
+            (
+                sum(seen[i] == asked[i] for seen, asked in pairs) / len(order),
+                float(any(seen[i] == asked[i] for seen, asked in first)),
+            )
+            for i in range(3)
+        ]
 
-    best = max((hits(order) for order in orders), key=sum)
-    return dict(zip(ATTRIBUTES, best, strict=True)) | {
+    best = max((hits(order) for order in orders), key=lambda found: sum(a for a, _ in found))
+    return {
+        **{name: share for name, (share, _) in zip(ATTRIBUTES, best, strict=True)},
+        **{f"first_{name}": first for name, (_, first) in zip(ATTRIBUTES, best, strict=True)},
         "ground": float(reading.ground == params.ground),
         "count": float(len(reading.objects) == len(wanted)),
     }

@@ -175,12 +175,24 @@ def compare(path: Path, dump: Path | None) -> dict[str, Any]:
     }
 
 
+def _refuse_overwriting(parser: argparse.ArgumentParser, files: Sequence[Path], dump: Path) -> None:
+    """Nothing that is written may take the place of a vector file, or of another result."""
+    names = [path.name for path in files]
+    for path in files:
+        if (dump / path.name).resolve() in [given.resolve() for given in files]:
+            parser.error(f"--dump {dump} would overwrite {dump / path.name}: choose another folder")
+        if names.count(path.name) > 1:
+            parser.error(f"two files are named {path.name}: dump them one at a time")
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
     parser.add_argument("--dump", type=Path, metavar="DIR", help="write our latents here")
     args = parser.parse_args()
+    if args.dump:
+        _refuse_overwriting(parser, args.files, args.dump)
     for path in args.files:
         print(json.dumps(compare(path, args.dump)), flush=True)
 

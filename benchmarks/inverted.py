@@ -16,11 +16,14 @@ from tokenflow_batch.demo.scenes import Clip
 from tokenflow_batch.models import Model
 from tokenflow_batch.tokenflow.ddim import (
     LOOKED_BACK,
+    Inverted,
     Schedule,
+    converged,
     foreseen_noise,
     invert_fixed_point,
     invert_plain,
     move,
+    retry,
 )
 from tokenflow_batch.tokenflow.denoise import Denoiser
 from tokenflow_batch.tokenflow.modes import inversion_evaluations
@@ -56,7 +59,7 @@ def invert(
     Args:
         denoiser: the model.
         clean: (F, C, h, w).
-        embeds: source prompt, one row for all frames or one each.
+        embeds: source prompt, one row for all frames.
         schedule: the steps.
         extra: fixed-point iterations; 0 is plain inversion.
         warm: begin each step along the noise that those before went along.
@@ -78,6 +81,10 @@ def invert(
             found = invert_fixed_point(
                 noise, x, t, alpha, alpha_t, extra=more, warm_noise_FChw=start
             )
+            for n in (~converged(found)).nonzero().flatten().tolist():
+                one = slice(n, n + 1)
+                part = Inverted(found.x[one], found.residual[one])
+                found.x[one] = retry(noise, x[one], part, t, alpha, alpha_t).x
         latents, alphas = [found.x, *latents], [alpha_t, *alphas]
     return torch.stack(latents[:-1])
 

@@ -230,6 +230,21 @@ def neighbours(now: Moment) -> list[Neighbours]:
     return [true_neighbours(f, now.keyframes, length) for f in now.frames]
 
 
+@dataclass(frozen=True)
+class Matches:
+    """Where the tokens of every frame lie in its two keyframes.
+
+    Attributes:
+        keyframes: frames.
+        near: which of them each frame looks at.
+        index: γ per site, (F, 2, L).
+    """
+
+    keyframes: Sequence[int]
+    near: Sequence[Neighbours]
+    index: Sequence[Tensor]
+
+
 def correspondences(now: Moment) -> list[Tensor]:
     """γ of every frame at every site by the default rule, each (F, 2, L)."""
     near, keyframes = neighbours(now), list(now.keyframes)
@@ -265,8 +280,7 @@ class TokenFlow:
 
     def __call__(self, denoiser: Denoiser, hooks: Hooks, now: Moment, x: Tensor) -> Tensor:
         """See `Method`."""
-        if self.keyframes is not None:
-            now = replace(now, keyframes=self.keyframes(now))
+        now = self._seen(now)
         if not self.focus:
             now = replace(now, thresholds=replace(now.thresholds, guidance_focus=1.0))
         index = correspondences(now) if self.mode.stored_source else []
@@ -297,6 +311,22 @@ class TokenFlow:
                 len(x), now.thresholds.segment_length, self.mode.neighbours, now.keyframes
             ),
         )
+
+    def matches(self, now: Moment) -> Matches:
+        """Between the source's tokens; those of published mode, which finds its own on the way, as
+        they are where nothing has been propagated before."""
+        now = self._seen(now)
+        if self.mode.stored_source:
+            return Matches(now.keyframes, neighbours(now), correspondences(now))
+        keyframes, length = list(now.keyframes), now.thresholds.segment_length
+        window = WindowMoment.whole(len(now.source), length, self.mode.neighbours, keyframes)
+        near = window.neighbours
+        index = [match_frames(t, t[keyframes], near, "torch") for t in now.tokens]
+        return Matches(keyframes, near, index)
+
+    def _seen(self, now: Moment) -> Moment:
+        """With this method's keyframes."""
+        return now if self.keyframes is None else replace(now, keyframes=self.keyframes(now))
 
 
 METHODS: Mapping[str, Method] = {

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
-from methods import Method, Moment, TokenFlow, correspondences, neighbours, predict
+from methods import Matches, Method, Moment, TokenFlow, neighbours, predict
 from torch import Tensor
 
 from tokenflow_batch.tokenflow.attention import Hooks, attend, merge_heads, split_heads
@@ -259,6 +259,11 @@ class Variant:
 
         return joined(denoiser, hooks, now, x, joint, spread)
 
+    def matches(self, now: Moment) -> Matches:
+        """See `TokenFlow.matches`; of several candidates, the best."""
+        fields = replace(self.building, following="own").fields(now)
+        return Matches(now.keyframes, neighbours(now), [field.index[..., 0] for field in fields])
+
 
 def keyframe_pass(
     hooks: Hooks, now: Moment, kind: type[KeyframePass] = KeyframePass
@@ -343,25 +348,27 @@ PLAIN: Final = Variant()
 """The default rebuilt from these parts; equal to it but for the order of sums."""
 
 
-def endpoint_errors(now: Moment, clip: Any, sites: Sequence[Site]) -> dict[str, float]:
+def endpoint_errors(matches: Matches, clip: Any, sites: Sequence[Site]) -> dict[str, float]:
     """Mean distance of the correspondences from the exact flow, in tokens, by site.
 
     Args:
-        now: with its tokens.
+        matches: of a method at a moment.
         clip: the ground truth.
         sites: of the tokens.
 
     Returns:
-        Per site's module path; tokens that the keyframe does not show are left out.
+        Per site's module path; keyframes themselves, and tokens that the keyframe does not show,
+        are left out.
     """
-    near, index = neighbours(now), correspondences(now)
     sums = {site.name: [0.0, 0] for site in sites}
-    for f, n in enumerate(near):
+    for f, n in enumerate(matches.near):
         for side, k in enumerate((n.first, n.second)):
-            to = now.keyframes[k]
+            to = matches.keyframes[k]
+            if to == f or (side == 1 and n.second == n.first):
+                continue
             flow, hidden = clip.flow(f, to), clip.occluded(f, to)
             for site in sites:
-                errors = _endpoint(index[site.index][f, side], flow, hidden)
+                errors = _endpoint(matches.index[site.index][f, side], flow, hidden)
                 sums[site.name][0] += float(errors.sum())
                 sums[site.name][1] += len(errors)
     return {name: total / max(count, 1) for name, (total, count) in sums.items()}

@@ -11,20 +11,21 @@ in turn, on plain motion and on harder scenes (light that changes, a post in fro
 zoom and rotation, ground that repeats). Every method starts from the same inverted latents (25
 steps, one fixed-point iteration) with the same prompts and thresholds. One row per method:
 
-- success: share of frames whose object and ground are what the prompt says, by an independent
-  classifier; and of frames whose true mask has the colour asked for ("in place");
+- success: share of frames whose object (of two, the one that is edited) or ground is what the edit
+  asks for, by an independent classifier; and of frames whose true mask has the colour asked for
+  ("in place"). Shapes are not edited: their masks and flow would be others than the source's;
 - background: PSNR outside the objects against the VAE's reconstruction of the source (not for
   ground edits);
 - warp error × 10³ along the exact flow, outside occlusions, of all pixels, object and ground; the
   VAE's reconstruction of the source and the perfect edit have rows of their own;
 - sharpness: gradient energy inside the mask, relative to per-frame PnP's; and how far it is from
-  the perfect edit's, as an object that is to be plain, or coarser, has less.
+  the perfect edit's, as an object that is to be plain, or coarser, has less;
+- how far the correspondences lie from the exact flow, in tokens, over sites and steps: a
+  diagnostic, not a goal, and by site and step for the default and `official`;
+- the inversion's reconstruction of the scenes, PSNR against the VAE's own, the same for all; on
+  eight frames of the first one beside 500 plain steps sampled in 50.
 
 Ratios between methods are paired by scene, with 95 % bootstrap intervals over scenes.
-
-Besides: the inversion's reconstruction (PSNR against the VAE's own) over all scenes, and on some
-frames of the first one beside 500 plain steps sampled in 50; and how far the correspondences lie
-from the exact flow, in tokens, by site and step: a diagnostic, not a goal.
 """
 
 from __future__ import annotations
@@ -46,15 +47,9 @@ import torch
 from beyond import BEYOND
 from classifier import Classifier, agreement, load, read
 from inverted import Prepared, decode, invert, prepare, sample
-from methods import (
-    METHODS,
-    Method,
-    Moment,
-    Thresholds,
-    edit,
-)
+from methods import METHODS, Method, Moment, Thresholds, TokenFlow, edit
 from numpy.typing import NDArray
-from options import OPTIONS, endpoint_errors
+from options import OPTIONS, Variant, endpoint_errors
 from tables import (
     Row,
     bounds,
@@ -114,7 +109,7 @@ REFERENCES: Final = ("reconstruction", "perfect")
 PLAIN_STEPS: Final = (500, 50)
 """Inversion and sampling steps of the published code."""
 
-_PLAIN_FRAMES: Final = 4
+_PLAIN_FRAMES: Final = 8
 _JUDGED: Final = ("per_frame", "official", "default")
 _DIAGNOSED: Final = (0, 8, 16, 24)
 """Sampling steps whose correspondences are compared with the flow."""
@@ -163,9 +158,10 @@ def score(frames: Frames, scene: Scene, reconstruction: Frames, classifier: Clas
         for frame, own, layers in zip(frames, reconstruction, things, strict=True)
     ]
     warp = {f"warp_{name}": value for name, value in warp_errors(list(frames), clip).items()}
+    asked_for = "ground" if scene.kind == "ground" else f"first_{scene.kind}"
     energy = [gradient_energy(f, m) for f, m in zip(frames, masks, strict=True)]
     return {
-        "success": float(np.mean([s[scene.kind] for s in seen])),
+        "success": float(np.mean([s[asked_for] for s in seen])),
         "in_place": float(np.mean(placed)),
         "background": float("nan") if scene.kind == "ground" else float(np.mean(background)),
         **warp,
@@ -182,15 +178,19 @@ def run_scene(
     classifier: Classifier,
 ) -> tuple[dict[str, Any], dict[str, Frames]]:
     """Scores, diagnostics, and frames of every method and of the two references."""
-    endpoint: dict[str, dict[str, float]] = {}
+    endpoint: dict[str, dict[str, Row]] = {}
     with progress_bars() as progress, progress(scene.wanted.caption, 26) as advance:
         prepared: Prepared = prepare(model, scene.clip, 25)
         advance(1)
         sites = attention_sites(model.unet)
 
         def observe(now: Moment) -> None:
-            if now.step in _DIAGNOSED:
-                endpoint[f"step {now.step}"] = endpoint_errors(now, scene.clip, sites)
+            if now.step not in _DIAGNOSED:
+                return
+            for name, method in methods.items():
+                if isinstance(method, TokenFlow | Variant):
+                    errors = endpoint_errors(method.matches(now), scene.clip, sites)
+                    endpoint.setdefault(name, {})[f"step {now.step}"] = errors
 
         videos = edit(model, prepared, scene.wanted.caption, methods, thresholds, advance, observe)
     reconstruction = decode(model, prepared.clean)
@@ -199,9 +199,11 @@ def run_scene(
     rows = {
         name: score(frames, scene, reconstruction, classifier) for name, frames in videos.items()
     }
-    for row in rows.values():
-        row["gradient_gap"] = abs(row["gradient"] - rows["perfect"]["gradient"])
     found = reconstructed(model, prepared, reconstruction)
+    for name, row in rows.items():
+        row["gradient_gap"] = abs(row["gradient"] - rows["perfect"]["gradient"])
+        row["end_point"] = mean([e for at in endpoint.get(name, {}).values() for e in at.values()])
+        row["inversion"] = float("nan") if name in REFERENCES else found["mean"]
     return (
         {"rows": rows, "inversion": found, "endpoint_error": endpoint},
         {"source": prepared.frames, **videos},
@@ -219,7 +221,8 @@ def reconstructed(model: Model, prepared: Prepared, own: Frames) -> Row:
 
 def compare_inversions(model: Model, scene: Scene) -> dict[str, Any]:
     """Fixed point at 25 × 1 against the published code's many plain steps, on the same frames."""
-    frames = np.stack([scene.clip.frame(i) for i in range(min(_PLAIN_FRAMES, len(scene.clip)))])
+    chosen = np.unique(np.linspace(0, len(scene.clip) - 1, _PLAIN_FRAMES).round().astype(int))
+    frames = np.stack([scene.clip.frame(i) for i in chosen])
     clean = model.encode(frames)
     own, embeds = model.decode(clean), model.embed(scene.clip.caption).unsqueeze(0)
     denoiser = Denoiser(model.unet, model.prediction_type)
@@ -284,7 +287,6 @@ def measure(number: int, options: Options) -> dict[str, Any]:
     scene, methods = options.scene(number), options.measured(number)
     measured, videos = run_scene(model, scene, methods, options.thresholds, classifier)
     if options.sheets:
-        options.sheets.mkdir(parents=True, exist_ok=True)
         write_sheet(options.sheets / f"{scene.seed}_{scene.kind}.png", scene, videos)
     facts = {"seed": scene.seed, "kind": scene.kind, "source": scene.clip.caption}
     return {**facts, "edit": scene.wanted.caption, **measured}
@@ -312,6 +314,18 @@ def method_names(given: str) -> tuple[str, ...]:
     return names
 
 
+def kinds(given: str) -> tuple[str, ...]:
+    """Kinds of edits from the command line.
+
+    Raises:
+        argparse.ArgumentTypeError: one that there is not.
+    """
+    names = tuple(given.split(","))
+    if unknown := [name for name in names if name not in KINDS]:
+        raise argparse.ArgumentTypeError(f"no kind {unknown[0]!r}; there are {', '.join(KINDS)}")
+    return names
+
+
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
@@ -325,7 +339,7 @@ def parse() -> argparse.Namespace:
         help=f"'all', or of {', '.join(ALL)}; unless given: {', '.join(USUAL)}",
     )
     parser.add_argument("--option-scenes", type=int, default=1, help="that options are measured on")
-    parser.add_argument("--kinds", default=",".join(KINDS), help="of " + ", ".join(KINDS))
+    parser.add_argument("--kinds", type=kinds, default=KINDS, help="of " + ", ".join(KINDS))
     parser.add_argument("--domain", choices=tuple(DOMAINS), default="full")
     parser.add_argument("--model", default="demo", help="'demo' or a pipeline's folder")
     parser.add_argument("--guidance-scale", type=float, default=EDIT.guidance_scale)
@@ -345,6 +359,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result here")
     parser.add_argument("--sheets", type=Path, metavar="DIR", help="write contact sheets here")
     args = parser.parse_args()
+    if min(args.scenes, args.frames, args.processes, args.threads, args.seed + 1) < 1:
+        parser.error("--scenes, --frames, --processes, --threads are at least 1, --seed at least 0")
+    for folder in (args.json and args.json.parent, args.sheets):
+        if folder:
+            folder.mkdir(parents=True, exist_ok=True)
     try:
         _tools(args.model, args.threads)[0].check_conv_site(args.conv_site)
     except ModelError as error:
@@ -361,7 +380,7 @@ def main() -> None:
         args.frames,
         args.seed,
         args.domain,
-        tuple(args.kinds.split(",")),
+        args.kinds,
         args.methods,
         args.option_scenes,
         Thresholds(args.guidance_scale, args.attn_t, args.f_t, conv_site=args.conv_site),
@@ -385,12 +404,14 @@ def main() -> None:
     if args.json:
         args.json.write_text(json.dumps(plain(report), indent=1) + "\n", encoding="utf-8")
     print_table(report["means"])
-    print_endpoints(report["endpoint_error"])
+    for name, errors in report["endpoint_error"].items():
+        print_endpoints(name, errors)
     print(json.dumps(plain({"inversion": report["inversion"]}), indent=1))
     if report["bounds"]:
         print_bounds(report["bounds"])
     for name, found in report["ratios"].items():
-        print(f"{name}: {found['ratio']:.3f} [{found['low']:.3f}, {found['high']:.3f}]")
+        interval = f"[{found['low']:.3f}, {found['high']:.3f}]"
+        print(f"{name}: {found['ratio']:.3f}", interval if found["scenes"] > 1 else "(one scene)")
 
 
 def summary(
@@ -408,7 +429,11 @@ def summary(
         "means": means(scenes, names),
         "inversion": inversion,
         "bounds": bounds(scenes, inversion) if set(_JUDGED) <= set(options.methods) else [],
-        "endpoint_error": endpoint_means(scenes),
+        "endpoint_error": {
+            name: endpoint_means(scenes, name)
+            for name in ("default", "official")
+            if name in options.methods
+        },
         "by_kind": {
             kind: means([s for s in scenes if s["kind"] == kind], names)
             for kind in sorted({s["kind"] for s in scenes})

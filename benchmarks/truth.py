@@ -89,4 +89,5 @@ def warp_errors(frames: Sequence[Frame], clip: Clip) -> dict[str, float]:
         }
         for name, region in regions.items():
             found[name].append(1e3 * warp_error(frames[i], frames[i + 1], flow, region))
-    return {name: float(np.nanmean(values)) for name, values in found.items()}
+    known = {name: [v for v in values if not np.isnan(v)] for name, values in found.items()}
+    return {name: float(np.mean(v)) if v else float("nan") for name, v in known.items()}

@@ -48,6 +48,20 @@ def test_official_mode_reproduces_the_published_code(path):
         assert step["share_over_5e-3"] <= 1e-3
 
 
+def test_what_is_dumped_never_takes_the_place_of_a_vector_file(tmp_path, monkeypatch, capsys):
+    own, other = tmp_path / "a.safetensors", tmp_path / "other" / "a.safetensors"
+    other.parent.mkdir()
+    for path in (own, other):
+        path.write_bytes(b"vectors")
+    for files, said in (([own], "would overwrite"), ([own, other], "two files are named")):
+        folder = tmp_path if len(files) == 1 else tmp_path / "dump"
+        monkeypatch.setattr(sys, "argv", ["golden.py", *map(str, files), "--dump", str(folder)])
+        with pytest.raises(SystemExit):
+            golden().main()
+        assert said in capsys.readouterr().err
+    assert own.read_bytes() == other.read_bytes() == b"vectors"
+
+
 class Inputs:
     """A window's inputs from memory; source features as the match stage makes them."""
 

@@ -1,5 +1,6 @@
 """The quality benchmark: its measures know the truth, its methods are what they say."""
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -10,9 +11,12 @@ import torch
 from tokenflow_batch.demo.scenes import Clip, recoloured
 from tokenflow_batch.model_files import locate
 from tokenflow_batch.models import load
+from tokenflow_batch.tokenflow.injection import Site
+from tokenflow_batch.tokenflow.keyframes import Neighbours
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import beyond
+import classifier
 import inverted
 import methods
 import options
@@ -142,12 +146,12 @@ def scene_row(kind, default, official, per_frame):
     rows = {name: {**rest, "warp_all": value} for name, value in values.items()}
     rows["default"] = {**rows["default"], "warp_ground": 0.3, "background": 22.0}
     rows["perfect"] = {**rest, "warp_all": 0.1, "gradient": 0.5}
-    return {"kind": kind, "rows": rows}
+    return {"kind": kind, "rows": rows, "inversion": {"mean": 45.5}}
 
 
 def verdicts(scenes):
     """By the first word of what is asked and its bound."""
-    found = tables.bounds(scenes, {"mean": 45.5, "first_scene": None})
+    found = tables.bounds(scenes, {"first_scene": None})
     return {row["what"]: row["holds"] for row in found}
 
 
@@ -163,7 +167,7 @@ def test_bounds_are_judged_in_the_mean_and_in_the_worst_scene():
 
 
 def test_sharpness_stands_beside_what_the_perfect_edit_has():
-    found = tables.bounds([scene_row("color", 1, 1, 2)] * 2, {"mean": 45.5, "first_scene": None})
+    found = tables.bounds([scene_row("color", 1, 1, 2)] * 2, {"first_scene": None})
     assert [(row["value"], row["perfect"]) for row in found if "perfect" in row] == [(1.0, 0.5)]
 
 
@@ -174,6 +178,58 @@ def test_methods_that_there_are_not_are_named(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         quality.parse()
     assert "no method 'magic'" in capsys.readouterr().err
+
+
+def test_kinds_that_there_are_not_are_named():
+    assert quality.kinds("ground,color") == ("ground", "color")
+    with pytest.raises(argparse.ArgumentTypeError, match="no kind 'colour'"):
+        quality.kinds("colour")
+
+
+def test_what_is_not_known_is_left_out_and_not_judged(capsys):
+    known, unknown = scene_row("color", 1, 2, 2), scene_row("color", 1, 2, 2)
+    unknown["rows"]["default"]["warp_all"] = float("nan")
+    assert tables.ratio([known, unknown], "warp_all", "default", "official")["scenes"] == 1
+    found = tables.bounds([unknown], {"first_scene": None})
+    assert found[0]["holds"] is None
+    tables.print_bounds(found)
+    assert "nan" not in capsys.readouterr().out
+
+
+def test_tables_are_whole_where_there_is_no_terminal(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "40")
+    tables.print_table({"a method": {f"figure number {n}": 1.0 for n in range(7)}})
+    assert "figure number 6" in capsys.readouterr().out
+
+
+def test_matches_that_are_the_exact_flow_have_no_end_point_error():
+    clip = Clip.random(2, 3, 32)
+    near = [Neighbours(0, 0, 1.0), Neighbours(0, 0, 1.0), Neighbours(0, 1, 0.5)]
+    grid = (32, 32)  # a token a pixel, so that rounding is all that is left
+    site = Site(0, "up", 0, inject_qk=False)
+    index = torch.zeros(3, 2, 1024, dtype=torch.int64)
+    own = torch.arange(1024)
+    for f in range(3):
+        for side, to in enumerate((0, 2 if f == 2 else 0)):
+            flow = torch.from_numpy(clip.flow(f, to)).reshape(-1, 2).round().long()
+            column = (own % 32 + flow[:, 0]).clamp(0, 31)
+            index[f, side] = (own // 32 + flow[:, 1]).clamp(0, 31) * 32 + column
+    assert site.grid(grid) == grid
+    matches = methods.Matches([0, 2], near, [index])
+    right = options.endpoint_errors(matches, clip, [site])["up"]
+    still = methods.Matches([0, 2], near, [own.expand(3, 2, -1)])
+    assert right < 0.5 < options.endpoint_errors(still, clip, [site])["up"]
+
+
+def test_of_two_objects_the_first_is_the_one_that_is_edited():
+    params = Clip.random(3, 1, 32, two=True).params(0)
+    seen = [(thing.shape, thing.color, thing.texture) for thing in params.objects]
+    other = ("star", "none of these", seen[0][2])
+    ground = params.ground
+    right = classifier.agreement(classifier.Reading(tuple(seen[::-1]), ground), params)
+    assert (right["color"], right["first_color"]) == (1, 1)
+    wrong = classifier.agreement(classifier.Reading((other, seen[1]), ground), params)
+    assert (wrong["color"], wrong["first_color"]) == (0.5, 0)
 
 
 def test_options_are_measured_on_the_first_scenes_alone():
