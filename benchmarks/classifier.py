@@ -193,31 +193,42 @@ def read(classifier: Classifier, images: Sequence[NDArray[np.uint8]]) -> list[Re
     return readings
 
 
+Look = tuple[str, str, str]
+"""Shape, colour and texture."""
+
+
+def _paired(reading: Reading, params: SceneParams) -> list[tuple[Look, Look]]:
+    """What was read of which object, (seen, asked), in the order in which more is right."""
+    wanted = [(thing.shape, thing.color, thing.texture) for thing in params.objects]
+    orders = [list(zip(reading.objects, order, strict=False)) for order in (wanted, wanted[::-1])]
+    return max(orders, key=lambda pairs: sum(sum(_hits(*pair)) for pair in pairs))
+
+
+def _hits(seen: Look, asked: Look) -> list[bool]:
+    return [a == b for a, b in zip(seen, asked, strict=True)]
+
+
 def agreement(reading: Reading, params: SceneParams) -> dict[str, float]:
     """Share of a scene's objects that were read right, by attribute, in the better order.
 
-    A missing object counts as wrong in everything. `first_…` is of the first object alone.
+    A missing object counts as wrong in everything.
     """
-    wanted = [(thing.shape, thing.color, thing.texture) for thing in params.objects]
-    orders = [wanted, wanted[::-1]]
-
-    def hits(order: Sequence[tuple[str, str, str]]) -> list[tuple[float, float]]:
-        pairs = list(zip(reading.objects, order, strict=False))
-        first = [(seen, asked) for seen, asked in pairs if asked is wanted[0]]
-        return [
-            (
-                sum(seen[i] == asked[i] for seen, asked in pairs) / len(order),
-                float(any(seen[i] == asked[i] for seen, asked in first)),
-            )
-            for i in range(3)
-        ]
-
-    best = max((hits(order) for order in orders), key=lambda found: sum(a for a, _ in found))
-    return {
-        **{name: share for name, (share, _) in zip(ATTRIBUTES, best, strict=True)},
-        **{f"first_{name}": first for name, (_, first) in zip(ATTRIBUTES, best, strict=True)},
+    hits = [_hits(*pair) for pair in _paired(reading, params)]
+    number = len(params.objects)
+    shares = {name: sum(h[i] for h in hits) / number for i, name in enumerate(ATTRIBUTES)}
+    return shares | {
         "ground": float(reading.ground == params.ground),
-        "count": float(len(reading.objects) == len(wanted)),
+        "count": float(len(reading.objects) == number),
+    }
+
+
+def first_right(reading: Reading, params: SceneParams) -> dict[str, float]:
+    """The same of the first object alone, `first_…`."""
+    thing = params.objects[0]
+    own = (thing.shape, thing.color, thing.texture)
+    found = [_hits(seen, asked) for seen, asked in _paired(reading, params) if asked == own]
+    return {
+        f"first_{name}": float(bool(found) and found[0][i]) for i, name in enumerate(ATTRIBUTES)
     }
 
 

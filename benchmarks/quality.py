@@ -45,7 +45,7 @@ from typing import Any, Final
 import numpy as np
 import torch
 from beyond import BEYOND
-from classifier import Classifier, agreement, load, read
+from classifier import Classifier, agreement, first_right, load, read
 from inverted import Prepared, decode, invert, prepare, sample
 from methods import METHODS, Method, Moment, Thresholds, TokenFlow, edit
 from numpy.typing import NDArray
@@ -144,7 +144,8 @@ def score(frames: Frames, scene: Scene, reconstruction: Frames, classifier: Clas
     """Everything measured of one method on one scene."""
     wanted, clip = scene.wanted, scene.clip
     asked = [wanted.params(i) for i in range(len(clip))]
-    seen = [agreement(r, p) for r, p in zip(read(classifier, list(frames)), asked, strict=True)]
+    readings = zip(read(classifier, list(frames)), asked, strict=True)
+    seen = [agreement(r, p) | first_right(r, p) for r, p in readings]
     success = {f"read_{key}": float(np.mean([s[key] for s in seen])) for key in seen[0]}
     masks = [clip.mask(i) for i in range(len(clip))]
     things = [clip.layers(i) for i in range(len(clip))]

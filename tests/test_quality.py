@@ -226,10 +226,13 @@ def test_of_two_objects_the_first_is_the_one_that_is_edited():
     seen = [(thing.shape, thing.color, thing.texture) for thing in params.objects]
     other = ("star", "none of these", seen[0][2])
     ground = params.ground
-    right = classifier.agreement(classifier.Reading(tuple(seen[::-1]), ground), params)
-    assert (right["color"], right["first_color"]) == (1, 1)
-    wrong = classifier.agreement(classifier.Reading((other, seen[1]), ground), params)
-    assert (wrong["color"], wrong["first_color"]) == (0.5, 0)
+    swapped = classifier.Reading(tuple(seen[::-1]), ground)
+    assert classifier.agreement(swapped, params)["color"] == 1
+    assert classifier.first_right(swapped, params)["first_color"] == 1
+    wrong = classifier.Reading((other, seen[1]), ground)
+    assert classifier.agreement(wrong, params)["color"] == 0.5
+    assert classifier.first_right(wrong, params)["first_color"] == 0
+    assert classifier.first_right(classifier.Reading((), ground), params)["first_shape"] == 0
 
 
 def test_options_are_measured_on_the_first_scenes_alone():
