@@ -12,14 +12,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -35,6 +36,11 @@ from tokenflow_batch.tokenflow.modes import PUBLISHED, Guidance, Injection
 from tokenflow_batch.tokenflow.samplers import Ddim, State
 from tokenflow_batch.tokenflow.windows import WindowMoment
 
+_META: Final = ("unet_config", "scheduler", "B", "N", "INV", "cfgscale", "mode", "pred")
+_EMBEDS: Final = tuple(f"embeds.{name}" for name in ("source", "negative", "target"))
+_STATES: Final = ("x0", "x_T", "source_latents", "x_after_step")
+_TENSORS: Final = (*_STATES, *_EMBEDS, "timesteps", "keyframes")
+
 
 @dataclass(frozen=True)
 class Vectors:
@@ -45,10 +51,23 @@ class Vectors:
 
     @classmethod
     def load(cls, path: Path) -> Vectors:
-        """Read a vector file."""
-        with safe_open(path, "pt") as file:
-            meta = json.loads(file.metadata()["meta"])
-            return cls(meta, {key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
+        """Read a vector file.
+
+        Raises:
+            ValueError: it is not one.
+        """
+        try:
+            with safe_open(path, "pt") as file:
+                found = (file.metadata() or {}).get("meta")
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{path}: {error}") from error
+        meta = json.loads(found) if found else {}
+        if lacking := [k for k in _TENSORS if k not in tensors] + [
+            k for k in _META if k not in meta
+        ]:
+            raise ValueError(f"{path} is not a vector file: it lacks {', '.join(lacking)}")
+        return cls(meta, tensors)
 
     def unet(self) -> UNet2DConditionModel:
         """The UNet with the recorded weights, float32."""
@@ -193,8 +212,14 @@ def main() -> None:
     args = parser.parse_args()
     if args.dump:
         _refuse_overwriting(parser, args.files, args.dump)
+    failed = False
     for path in args.files:
-        print(json.dumps(compare(path, args.dump)), flush=True)
+        try:
+            print(json.dumps(compare(path, args.dump)), flush=True)
+        except ValueError as error:
+            print(error, file=sys.stderr)
+            failed = True
+    sys.exit(failed)
 
 
 if __name__ == "__main__":

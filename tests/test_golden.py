@@ -11,6 +11,7 @@ import torch
 from diffusers import DDIMScheduler
 from jobs import quick_first
 from reference_tokenflow import Reference
+from safetensors.torch import save_file
 from tiny_model import CHANNELS, SCHEDULER, WIDTH, tiny_unet
 
 from tokenflow_batch.tokenflow.attention import tokenflow_hooks
@@ -46,6 +47,22 @@ def test_official_mode_reproduces_the_published_code(path):
     for step in found["steps"]:
         assert step["mean_abs"] <= 1e-4 * step["ref_std"]
         assert step["share_over_5e-3"] <= 1e-3
+
+
+def test_a_file_that_holds_no_vectors_is_named_and_the_others_are_run(
+    tmp_path, monkeypatch, capsys
+):
+    broken, other = tmp_path / "broken.safetensors", tmp_path / "other.safetensors"
+    broken.write_bytes(b"vectors")
+    save_file({"x0": torch.zeros(1)}, other)
+    files = map(str, (broken, other, tmp_path / "none.safetensors"))
+    monkeypatch.setattr(sys, "argv", ["golden.py", *files])
+    with pytest.raises(SystemExit) as end:
+        golden().main()
+    assert end.value.code == 1
+    said = capsys.readouterr().err.splitlines()
+    assert all(n in line for n, line in zip(("broken", "other", "none"), said, strict=True))
+    assert "it lacks x_T" in said[1]
 
 
 def test_what_is_dumped_never_takes_the_place_of_a_vector_file(tmp_path, monkeypatch, capsys):
