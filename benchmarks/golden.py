@@ -63,9 +63,8 @@ class Vectors:
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{path}: {error}") from error
         meta = json.loads(found) if found else {}
-        if lacking := [k for k in _TENSORS if k not in tensors] + [
-            k for k in _META if k not in meta
-        ]:
+        lacking = [*(k for k in _TENSORS if k not in tensors), *(k for k in _META if k not in meta)]
+        if lacking:
             raise ValueError(f"{path} is not a vector file: it lacks {', '.join(lacking)}")
         return cls(meta, tensors)
 

@@ -6,6 +6,7 @@ Shape suffixes: N frames in a batch, C channels, h w latent size.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tokenflow_batch.demo.scenes import Clip
+from tokenflow_batch.metrics import psnr
 from tokenflow_batch.models import Model
 from tokenflow_batch.tokenflow.ddim import (
     LOOKED_BACK,
@@ -30,6 +32,11 @@ from tokenflow_batch.tokenflow.modes import inversion_evaluations
 
 BATCH = 8
 """Frames per UNet call."""
+
+PLAIN_STEPS: Final = (500, 50)
+"""Inversion and sampling steps of the published code."""
+
+_PLAIN_FRAMES: Final = 8
 
 
 @dataclass(frozen=True)
@@ -109,3 +116,34 @@ def prepare(model: Model, clip: Clip, steps: int) -> Prepared:
 def decode(model: Model, latents: Tensor) -> NDArray[np.uint8]:
     """Frames, a few at a time."""
     return np.concatenate([model.decode(part) for part in latents.split(BATCH)])
+
+
+def reconstructed(model: Model, prepared: Prepared, own: NDArray[np.uint8]) -> dict[str, float]:
+    """PSNR in dB of sampling the inverted latents back, against the VAE's reconstruction."""
+    denoiser = Denoiser(model.unet, model.prediction_type)
+    embeds = model.embed(prepared.clip.caption).unsqueeze(0)
+    parts = [sample(denoiser, x, embeds, prepared.schedule) for x in prepared.source[0].split(8)]
+    values = [psnr(a, b) for a, b in zip(decode(model, torch.cat(parts)), own, strict=True)]
+    return {"mean": float(np.mean(values)), "worst": float(np.min(values))}
+
+
+def compare_inversions(model: Model, clip: Clip) -> dict[str, Any]:
+    """Fixed point at 25 × 1 against the published code's many plain steps, on the same frames."""
+    chosen = np.unique(np.linspace(0, len(clip) - 1, _PLAIN_FRAMES).round().astype(int))
+    frames = np.stack([clip.frame(i) for i in chosen])
+    clean = model.encode(frames)
+    own, embeds = model.decode(clean), model.embed(clip.caption).unsqueeze(0)
+    denoiser = Denoiser(model.unet, model.prediction_type)
+    found: dict[str, Any] = {}
+    for name, (steps, back, extra) in {
+        "fixed point, 25 x 1": (25, 25, 1),
+        f"plain, {PLAIN_STEPS[0]} sampled in {PLAIN_STEPS[1]}": (*PLAIN_STEPS, 0),
+    }.items():
+        inversion, sampling = model.schedule(steps), model.schedule(back)
+        latents = invert(denoiser, clean, embeds, inversion, extra, warm=True)
+        start = latents[inversion.timesteps.index(sampling.timesteps[0])]
+        shown = model.decode(sample(denoiser, start, embeds, sampling))
+        values = [psnr(a, b) for a, b in zip(shown, own, strict=True)]
+        rows = sum(inversion_evaluations(i, extra) for i in range(steps)) + back
+        found[name] = {"mean": float(np.mean(values)), "rows_per_frame": rows}
+    return found

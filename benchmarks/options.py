@@ -358,7 +358,7 @@ def endpoint_errors(matches: Matches, clip: Any, sites: Sequence[Site]) -> dict[
 
     Returns:
         Per site's module path; keyframes themselves, and tokens that the keyframe does not show,
-        are left out.
+        are left out. NaN where no token is left.
     """
     sums = {site.name: [0.0, 0] for site in sites}
     for f, n in enumerate(matches.near):
@@ -371,7 +371,7 @@ def endpoint_errors(matches: Matches, clip: Any, sites: Sequence[Site]) -> dict[
                 errors = _endpoint(matches.index[site.index][f, side], flow, hidden)
                 sums[site.name][0] += float(errors.sum())
                 sums[site.name][1] += len(errors)
-    return {name: total / max(count, 1) for name, (total, count) in sums.items()}
+    return {name: total / count if count else float("nan") for name, (total, count) in sums.items()}
 
 
 def _endpoint(index_L: Tensor, flow: Any, hidden: Any) -> Tensor:

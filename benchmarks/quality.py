@@ -43,10 +43,9 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-import torch
 from beyond import BEYOND
 from classifier import Classifier, agreement, first_right, load, read
-from inverted import Prepared, decode, invert, prepare, sample
+from inverted import Prepared, compare_inversions, decode, prepare, reconstructed
 from methods import METHODS, Method, Moment, Thresholds, TokenFlow, edit
 from numpy.typing import NDArray
 from options import OPTIONS, Variant, endpoint_errors
@@ -71,14 +70,11 @@ from tokenflow_batch.demo.scenes import GROUND, Clip, Domain, recoloured
 from tokenflow_batch.demo.stills import FIRST, FULL
 from tokenflow_batch.demo.textures import GROUNDS
 from tokenflow_batch.errors import ModelError
-from tokenflow_batch.metrics import psnr
 from tokenflow_batch.model_files import locate
 from tokenflow_batch.models import Model, resolve
 from tokenflow_batch.models import load as load_model
 from tokenflow_batch.sheet import contact_sheet
-from tokenflow_batch.tokenflow.denoise import Denoiser
 from tokenflow_batch.tokenflow.injection import CONV_SITE, attention_sites
-from tokenflow_batch.tokenflow.modes import inversion_evaluations
 
 Frames = NDArray[np.uint8]
 
@@ -106,10 +102,6 @@ USUAL: Final = (
 """Other choices of keyframes and correspondences; how guidance is limited is left to `all`."""
 
 REFERENCES: Final = ("reconstruction", "perfect")
-PLAIN_STEPS: Final = (500, 50)
-"""Inversion and sampling steps of the published code."""
-
-_PLAIN_FRAMES: Final = 8
 _JUDGED: Final = ("per_frame", "official", "default")
 _DIAGNOSED: Final = (0, 8, 16, 24)
 """Sampling steps whose correspondences are compared with the flow."""
@@ -209,37 +201,6 @@ def run_scene(
         {"rows": rows, "inversion": found, "endpoint_error": endpoint},
         {"source": prepared.frames, **videos},
     )
-
-
-def reconstructed(model: Model, prepared: Prepared, own: Frames) -> Row:
-    """PSNR in dB of sampling the inverted latents back, against the VAE's reconstruction."""
-    denoiser = Denoiser(model.unet, model.prediction_type)
-    embeds = model.embed(prepared.clip.caption).unsqueeze(0)
-    parts = [sample(denoiser, x, embeds, prepared.schedule) for x in prepared.source[0].split(8)]
-    values = [psnr(a, b) for a, b in zip(decode(model, torch.cat(parts)), own, strict=True)]
-    return {"mean": float(np.mean(values)), "worst": float(np.min(values))}
-
-
-def compare_inversions(model: Model, scene: Scene) -> dict[str, Any]:
-    """Fixed point at 25 × 1 against the published code's many plain steps, on the same frames."""
-    chosen = np.unique(np.linspace(0, len(scene.clip) - 1, _PLAIN_FRAMES).round().astype(int))
-    frames = np.stack([scene.clip.frame(i) for i in chosen])
-    clean = model.encode(frames)
-    own, embeds = model.decode(clean), model.embed(scene.clip.caption).unsqueeze(0)
-    denoiser = Denoiser(model.unet, model.prediction_type)
-    found: dict[str, Any] = {}
-    for name, (steps, back, extra) in {
-        "fixed point, 25 x 1": (25, 25, 1),
-        f"plain, {PLAIN_STEPS[0]} sampled in {PLAIN_STEPS[1]}": (*PLAIN_STEPS, 0),
-    }.items():
-        inversion, sampling = model.schedule(steps), model.schedule(back)
-        latents = invert(denoiser, clean, embeds, inversion, extra, warm=True)
-        start = latents[inversion.timesteps.index(sampling.timesteps[0])]
-        shown = model.decode(sample(denoiser, start, embeds, sampling))
-        values = [psnr(a, b) for a, b in zip(shown, own, strict=True)]
-        rows = sum(inversion_evaluations(i, extra) for i in range(steps)) + back
-        found[name] = {"mean": float(np.mean(values)), "rows_per_frame": rows}
-    return found
 
 
 def write_sheet(path: Path, scene: Scene, videos: Mapping[str, Frames]) -> None:
@@ -424,7 +385,9 @@ def summary(
     inversion = {
         "mean": mean([s["inversion"]["mean"] for s in scenes]),
         "worst_frame": min(s["inversion"]["worst"] for s in scenes),
-        "first_scene": compare_inversions(model, options.scene(0)) if plain_inversion else None,
+        "first_scene": compare_inversions(model, options.scene(0).clip)
+        if plain_inversion
+        else None,
     }
     return {
         "means": means(scenes, names),

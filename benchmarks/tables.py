@@ -15,7 +15,7 @@ from rich.table import Table
 
 Row = dict[str, float]
 
-_WIDTH: Final = 160
+_WIDTH: Final = 180
 """Characters that the widest table takes."""
 
 

@@ -217,6 +217,8 @@ def test_matches_that_are_the_exact_flow_have_no_end_point_error():
     assert site.grid(grid) == grid
     matches = methods.Matches([0, 2], near, [index])
     right = options.endpoint_errors(matches, clip, [site])["up"]
+    index[0], index[1, 1], index[2, 1] = 0, 0, 0  # keyframes, and a neighbour that counts already
+    assert options.endpoint_errors(matches, clip, [site])["up"] == right
     still = methods.Matches([0, 2], near, [own.expand(3, 2, -1)])
     assert right < 0.5 < options.endpoint_errors(still, clip, [site])["up"]
 
