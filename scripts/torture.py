@@ -102,8 +102,8 @@ def outcome(folder: Path) -> Outcome:
 
 
 def committed(folder: Path) -> Committed:
-    """What the ledger says is done."""
-    records = sorted((folder / "out" / ".work").glob("*/*/commits/*.json"))
+    """What the ledger says is done; a record that was being written is a hidden file, and isn't."""
+    records = sorted((folder / "out" / ".work").glob("*/*/commits/[!.]*.json"))
     return {r: (json.loads(r.read_bytes()), r.stat().st_mtime_ns) for r in records}
 
 
