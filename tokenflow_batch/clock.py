@@ -127,17 +127,20 @@ def waited() -> float:
 @contextmanager
 def waiting() -> Iterator[Pause]:
     """What happens inside counts as waiting, once if nested, and not as the kind around it."""
-    began, pause = time.perf_counter(), Pause()
+    pause = Pause()
     _own.depth += 1
     try:
         with measured(None):
-            yield pause
+            began = time.perf_counter()
+            try:
+                yield pause
+            finally:
+                took = time.perf_counter() - began
+                if _own.depth == 1:
+                    _own.waited += took * (1 - pause.computed)
+                    _own.decoding += took * pause.computed
     finally:
         _own.depth -= 1
-        if _own.depth == 0:
-            took = time.perf_counter() - began
-            _own.waited += took * (1 - pause.computed)
-            _own.decoding += took * pause.computed
 
 
 def seconds() -> dict[str, float]:
