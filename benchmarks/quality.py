@@ -7,8 +7,8 @@ Options (`options.py`), and what they could lead to at most (`beyond.py`), are m
 take 28 minutes on two cores.
 
 Generated clips with exact masks, flow and occlusions, each with one edit: colour, texture or ground
-in turn, on plain motion and on harder scenes (light that changes, a post in front, two objects,
-zoom and rotation, ground that repeats). Every method starts from the same inverted latents (25
+in turn, on scenes with ground that repeats, light that changes, a post in front, two objects, zoom
+and rotation in turn (`quality_scenes.py`). Every method starts from the same inverted latents (25
 steps, one fixed-point iteration) with the same prompts and thresholds. One row per method:
 
 - success: share of frames whose object (of two, the one that is edited) or ground is what the edit
@@ -49,6 +49,7 @@ from inverted import Prepared, compare_inversions, decode, prepare, reconstructe
 from methods import METHODS, Method, Moment, Thresholds, TokenFlow, edit
 from numpy.typing import NDArray
 from options import OPTIONS, Variant, endpoint_errors
+from quality_scenes import DOMAINS, KINDS, Scene, draw_scene
 from tables import (
     Row,
     bounds,
@@ -66,9 +67,7 @@ from truth import background_psnr, gradient_energy, in_place, warp_errors
 from tokenflow_batch.config import Runtime
 from tokenflow_batch.console import progress_bars
 from tokenflow_batch.demo.job import EDIT
-from tokenflow_batch.demo.scenes import GROUND, Clip, Domain, recoloured
-from tokenflow_batch.demo.stills import FIRST, FULL
-from tokenflow_batch.demo.textures import GROUNDS
+from tokenflow_batch.demo.scenes import GROUND
 from tokenflow_batch.errors import ModelError
 from tokenflow_batch.model_files import locate
 from tokenflow_batch.models import Model, resolve
@@ -78,17 +77,6 @@ from tokenflow_batch.tokenflow.injection import CONV_SITE, attention_sites
 
 Frames = NDArray[np.uint8]
 
-KINDS: Final = ("color", "texture", "ground")
-VARIANTS: Final[tuple[dict[str, Any], ...]] = (
-    {},
-    {"dim": 0.12, "flicker": 0.06},
-    {"post": True},
-    {"two": True},
-    {"zoom": 0.2, "turn": 0.3},
-)
-"""Options of `Clip.random`, in turn."""
-
-DOMAINS: Final = {"first": FIRST, "full": FULL}
 ALL: Final = {**METHODS, **OPTIONS, **BEYOND}
 USUAL: Final = (
     *METHODS,
@@ -105,31 +93,6 @@ REFERENCES: Final = ("reconstruction", "perfect")
 _JUDGED: Final = ("per_frame", "official", "default")
 _DIAGNOSED: Final = (0, 8, 16, 24)
 """Sampling steps whose correspondences are compared with the flow."""
-
-
-@dataclass(frozen=True)
-class Scene:
-    """A clip and the edit that is asked of it."""
-
-    seed: int
-    kind: str
-    clip: Clip
-    wanted: Clip
-
-
-def draw_scene(number: int, seed: int, frames: int, domain: Domain, kinds: Sequence[str]) -> Scene:
-    """The `number`-th scene of a seed: its kind of edit and its variant take turns."""
-    kind, variant = kinds[number % len(kinds)], VARIANTS[number % len(VARIANTS)]
-    own = 10_000 * (seed + 1) + number
-    clip = Clip.random(own, frames, domain=domain, **variant)
-    rng = np.random.default_rng([own, 3])
-    options: Mapping[str, Sequence[str]] = {
-        "color": domain.colors,
-        "texture": domain.textures,
-        "ground": [g for g in GROUNDS if g in domain.grounds],
-    }
-    others = [name for name in options[kind] if name != getattr(clip.scene, kind)]
-    return Scene(own, kind, clip, recoloured(clip, **{kind: str(rng.choice(others))}))
 
 
 def score(frames: Frames, scene: Scene, reconstruction: Frames, classifier: Classifier) -> Row:

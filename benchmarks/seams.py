@@ -51,8 +51,8 @@ from inverted import prepare
 from joins import Joined, judge, print_joins
 from methods import Inputs, Method, Moment, Thresholds, TokenFlow, correspondences, edit
 from numpy.typing import NDArray
-from quality import Scene as Edited
 from quality import write_sheet
+from quality_scenes import Scene as Edited
 from torch import Tensor
 
 from tokenflow_batch.config import Runtime

@@ -14,8 +14,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import inverted
 import joins
 import methods
-import quality
 import seams
+from quality_scenes import Scene
 
 
 def video(frames=64, jump=0.0, at=32, noise=0.2, seed=0, error=1.0):
@@ -77,7 +77,7 @@ def edited(tiny_model, compute):
     model, clip = load(locate(str(tiny_model)), compute), Clip.random(3, 53, 32)
     prepared = inverted.prepare(model, clip, steps=3)
     videos = methods.edit(model, prepared, "a red ball", seams.WAYS, methods.Thresholds())
-    return quality.Scene(3, "color", clip, recoloured(clip, color="white")), videos
+    return Scene(3, "color", clip, recoloured(clip, color="white")), videos
 
 
 def test_every_way_edits_every_frame_its_own_way(edited):

@@ -21,6 +21,7 @@ import inverted
 import methods
 import options
 import quality
+import quality_scenes
 import tables
 import truth
 
@@ -235,6 +236,28 @@ def test_of_two_objects_the_first_is_the_one_that_is_edited():
     assert classifier.agreement(wrong, params)["color"] == 0.5
     assert classifier.first_right(wrong, params)["first_color"] == 0
     assert classifier.first_right(classifier.Reading((), ground), params)["first_shape"] == 0
+
+
+def every_fifth(domain):
+    return [
+        quality_scenes.draw_scene(
+            5 * number, seed, 2, quality_scenes.DOMAINS[domain], quality_scenes.KINDS
+        )
+        for seed in range(3)
+        for number in range(3)
+    ]
+
+
+def test_every_fifth_scene_has_ground_that_repeats():
+    for scene in every_fifth("full"):
+        assert scene.clip.scene.ground == "brick"
+        assert (scene.wanted.scene.ground == "brick") == (scene.kind != "ground")
+
+
+def test_a_domain_without_such_ground_keeps_what_was_drawn():
+    grounds = {scene.clip.scene.ground for scene in every_fifth("first")}
+    assert len(grounds) > 1
+    assert grounds <= set(quality_scenes.DOMAINS["first"].grounds)
 
 
 def test_options_are_measured_on_the_first_scenes_alone():
