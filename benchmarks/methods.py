@@ -176,7 +176,7 @@ def predict(
     rows = [now.source[frames], x[frames], x[frames]][-active.branches :]
     embeds = [now.prompts.source, now.prompts.negative, now.prompts.target][-active.branches :]
     embeds_NTE = torch.cat([e.expand(len(frames), -1, -1) for e in embeds])
-    focus = active.focus if isinstance(active, KeyframePass) else None
+    focus = active.focus if isinstance(active, KeyframePass) else active.source_focus
     with hooks.during(active), focus.watching() if focus else nullcontext():
         return denoiser.noise(torch.cat(rows), now.t, now.alpha, embeds_NTE).chunk(active.branches)
 

@@ -313,9 +313,13 @@ def joined(
         batch = list(frames)
         shared["stored_conv_NChw"] = now.conv[batch] if conv else None
         active = spread(batch, [near[f] for f in batch], **shared)
+        if guidance.returns(now.step):
+            active.source_focus = Focus(
+                denoiser.unet, now.prompts.target, len(batch), hw, of_source=True
+            )
         noise = torch.stack(predict(denoiser, hooks, now, active, x, batch))
         latents = [now.source[batch], x[batch], x[batch]][-active.branches :]
-        found.append(combined(noise, latents, active.focus(), guidance, now.step, now.alpha))
+        found.append(combined(noise, latents, active, guidance, now.step, now.alpha))
     return torch.cat(found)
 
 

@@ -84,7 +84,6 @@ class MetaUNet:
             return self._propagation(hooks, call)
 
     def _joint(self, call: UNetCall) -> KeyframePass:
-        text, hw = torch.empty(self.embed_shape, device="meta"), self.frame_shape[1:]
         return KeyframePass(
             branches=call.branches,
             inject_qk=call.qk,
@@ -94,8 +93,15 @@ class MetaUNet:
             keep_tokens=call.branches > 1 + call.guided,
             standing=Standing.alone(call.anchors, call.frames - len(call.anchors)),
             guided=call.guided,
-            focus=Focus(self.unet, text, call.frames, (hw[0], hw[1])) if call.focused else None,
+            focus=self._focus(call),
         )
+
+    def _focus(self, call: UNetCall, *, of_source: bool = False) -> Focus | None:
+        if not call.focused:
+            return None
+        text = torch.empty(self.embed_shape, device="meta")
+        hw = (self.frame_shape[1], self.frame_shape[2])
+        return Focus(self.unet, text, call.frames, hw, of_source=of_source)
 
     def _propagation(self, hooks: Hooks, call: UNetCall) -> int:
         """A small keyframe pass serves as the source of tokens: what is counted comes after it."""
@@ -116,8 +122,10 @@ class MetaUNet:
             grids=None if call.searched else [site.grid(hw) for site in hooks.sites],
             focus_K1hw=torch.empty(1, 1, *hw, device="meta") if call.own else None,
             own=call.own,
+            source_focus=self._focus(call, of_source=True),
         )
-        with hooks.during(spread):
+        watching = spread.source_focus.watching() if spread.source_focus else nullcontext()
+        with hooks.during(spread), watching:
             return self._count(call.rows)
 
     def _count(self, n_rows: int) -> int:

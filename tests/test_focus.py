@@ -102,6 +102,17 @@ def test_a_frame_s_weight_is_its_own(unet):
     assert not torch.allclose(other.weight()[-1], first.weight()[-1], atol=1e-2)
 
 
+def test_the_source_s_branch_is_watched_alike(unet):
+    """It comes first: with the branches exchanged, both see the same rows."""
+    other = normal(7, 5, WIDTH)
+    theirs, _ = watched(unet, other)
+    ours = Focus(unet, other, N, HW, of_source=True)
+    x, text = normal(0, 2 * N, CHANNELS, *HW), normal(99, 2 * N, 5, WIDTH)
+    with ours.watching(), torch.no_grad():
+        evaluate(unet, x.roll(N, 0), text.roll(N, 0))
+    torch.testing.assert_close(ours.weight(), theirs.weight(), atol=1e-4, rtol=0)
+
+
 def test_without_a_pass_there_is_no_weight(unet):
     with pytest.raises(RuntimeError, match="watched"):
         Focus(unet, normal(7, 5, WIDTH), N, HW).weight()
@@ -227,6 +238,18 @@ def test_a_window_goes_back_with_its_own_attention(unet, monkeypatch):
     torch.testing.assert_close(found, source, atol=1e-4, rtol=1e-4)
     for other in (Guidance(6.0, focus=5, own=5, back=False), Guidance(6.0, focus=5)):
         assert not torch.allclose(predicted(unet, other)[0], source, atol=1e-2)
+
+
+def test_nothing_goes_back_where_the_source_s_own_object_is(unet, monkeypatch):
+    """The edited one may be drawn beside it, so that the edit asks for nothing there."""
+    monkeypatch.setattr(
+        Focus, "weight", lambda self: torch.full((self.frames, 1, *HW), float(self.of_source))
+    )
+    found, _ = predicted(unet, Guidance(6.0, focus=5, own=5))
+    stays, _ = predicted(unet, Guidance(6.0, focus=5, own=5, back=False))
+    assert torch.equal(found, stays)
+    monkeypatch.setattr(Focus, "weight", lambda self: torch.zeros(self.frames, 1, *HW))
+    assert not torch.allclose(predicted(unet, Guidance(6.0, focus=5, own=5))[0], stays, atol=1e-2)
 
 
 def test_before_its_step_no_bit_is_another(unet):

@@ -40,9 +40,9 @@ LITERAL = {
     "encode": "79ca856a10d75d7cd4dd26fc",
     "invert": "41a471d958428fae6b822a8f",
     "match": "87a70d22e3833b7a375a2441",
-    "edit": "1ac6617ac490365c55c40189",
-    "render": "de369f601f0eef5602bd011f",
-    "report": "dc814eb9da79ed33cfba9e13",
+    "edit": "496094f9d701783c635d9a9d",
+    "render": "1bd9dcf81a71f4f74a60daf6",
+    "report": "831e8d1a377e701a2b125bd1",
 }
 
 

@@ -21,7 +21,7 @@ VERSIONS: Mapping[StageName, int] = {
     "encode": 2,
     "invert": 4,
     "match": 3,
-    "edit": 12,
+    "edit": 13,
     "render": 1,
     "report": 2,
 }

@@ -44,7 +44,8 @@ class UNetCall:
         anchors: of a joint call, how many frames in front are anchors, and which of them the
             window's keyframes attend to.
         guided: of the edit's calls, whether a negative branch is among them.
-        focused: of keyframes, whether it is found out where the prompts differ.
+        focused: whether it is found out where the prompts differ: for keyframes' target branch, for
+            the source branch of propagation.
         own: of propagation, in how many branches self-attention of their own is computed.
     """
 
@@ -216,6 +217,7 @@ def _edit(s: Settings, frames: int, mode: Mode, cuts: Sequence[int]) -> Counter[
                     conv,
                     searched=searched,
                     guided=guided,
+                    focused=guidance.returns(step),
                     own=own,
                 )
                 total[call] += 1

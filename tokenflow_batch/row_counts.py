@@ -76,7 +76,7 @@ class _EditWork:
         pairs: over these rows, how many frames each attends to besides itself.
         spread: rows of the propagation.
         searched: pairs of frames between which correspondences are searched on the way.
-        focused: keyframes for which it is found out where the prompts differ.
+        focused: frames for which it is found out where the prompts differ.
         kept: rows of the propagation whose own self-attention is computed.
     """
 
@@ -104,6 +104,7 @@ def _edit_work(s: Settings, frames: int, cuts: tuple[int, ...]) -> _EditWork:
     )
     spread = sum(on_frames * n for (_, on_frames, _), n in zip(rows, predicted, strict=True))
     focused = together * sum(guidance.focused(step) for step in range(first, s.steps))
+    focused += sum(n * guidance.returns(step) for step, n in enumerate(predicted, first))
     kept = sum(n * guidance.own_branches(step) for step, n in enumerate(predicted, first))
     searched = 0
     if not mode.stored_source:  # in both keyframes; the clip's first segment has one
@@ -149,8 +150,9 @@ def edit_flops(
         latent_hw: (h, w) of the latents.
     """
     s, work = settings, _edit_work(settings, frames, cuts)
-    total = unet.joint(latent_hw, work.joint, work.pairs, work.focused)
+    total = unet.joint(latent_hw, work.joint, work.pairs)
     total += unet.propagated(latent_hw, work.spread, work.searched, work.kept)
+    total += work.focused * unet.focus(latent_hw)
     partial = partial_row_count(s, frames, cuts)
     return total + (partial * unet.row(latent_hw, s.conv_site) if partial else 0)
 

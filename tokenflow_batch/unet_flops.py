@@ -97,17 +97,15 @@ class UNetFlops:
         """
         return _row(self, latent_hw, site)
 
-    def joint(self, latent_hw: tuple[int, int], rows: int, pairs: int, focused: int = 0) -> int:
+    def joint(self, latent_hw: tuple[int, int], rows: int, pairs: int) -> int:
         """FLOPs of joint passes over keyframes.
 
         Args:
             latent_hw: (h, w) of the latents.
             rows: how many.
             pairs: over these rows, how many frames each attends to besides itself.
-            focused: for how many frames it is found out where the prompts differ.
         """
-        focus = focused * self.focus(latent_hw)
-        return rows * self.row(latent_hw) + pairs * self._core(latent_hw) + focus
+        return rows * self.row(latent_hw) + pairs * self._core(latent_hw)
 
     def propagated(
         self, latent_hw: tuple[int, int], rows: int, searched: int = 0, kept: int = 0

@@ -233,6 +233,10 @@ def predict_window(
             spread = _propagation_pass(
                 settings, hooks, joint, inputs, batch, near, step, where_K1hw
             )
+            if settings.guidance.returns(step):
+                spread.source_focus = Focus(
+                    denoiser.unet, prompts.target, len(batch), settings.latent_hw, of_source=True
+                )
             spread.pin(denoiser.device)
             others = [f for f in batch if f not in window.keyframes] if recompute else []
             source = inputs.source(others) if others else None
@@ -242,7 +246,7 @@ def predict_window(
         if recompute:
             spread.stored_conv_NChw = call.features_of(batch, joint, window.keyframes, source)
         noise_RNChw, rows = call.run(spread, latents, len(batch))
-        noise = combined(noise_RNChw, latents, spread.focus(), settings.guidance, step, alpha)
+        noise = combined(noise_RNChw, latents, spread, settings.guidance, step, alpha)
         predictions.append(noise.cpu())
         on_rows(rows)
     return torch.cat(predictions)
@@ -251,7 +255,7 @@ def predict_window(
 def combined(
     noise_RNChw: Tensor,
     latents_R: Sequence[Tensor],
-    where_N1hw: Tensor | None,
+    spread: PropagationPass,
     guidance: Guidance,
     step: int,
     alpha: float,
@@ -261,15 +265,18 @@ def combined(
     Args:
         noise_RNChw: what a propagation pass has predicted.
         latents_R: from what, (N, C, h, w) a branch.
-        where_N1hw: how far the prompts differ, 0 to 1; None where that is not asked.
+        spread: that pass. The source is not gone back to where its own frames, or the edited ones,
+            are what the prompts differ about: an object may be drawn beside its place.
         guidance: the edit's.
         step: sampling step, 0 the noisiest.
         alpha: ᾱ there.
     """
     noise = noise_RNChw[-1]
+    where_N1hw = spread.focus()
     if guidance.on(step):
         noise = guided(noise_RNChw[-2], noise, guidance.scale_at(step), where_N1hw)
-    if where_N1hw is not None and guidance.returns(step):
+    if where_N1hw is not None and spread.source_focus is not None:
+        where_N1hw = torch.maximum(where_N1hw, spread.source_focus.weight())
         noise = returned(noise, noise_RNChw[0], latents_R[-1], latents_R[0], alpha, where_N1hw)
     return noise
 
@@ -382,7 +389,7 @@ class _Call:
         """(R, N, C, h, w) noise and the rows it took, branches in the order of `passes`."""
         embeds = self.texts[-len(latents) :]
         embeds_NTE = torch.cat([e.expand(frames, -1, -1) for e in embeds])
-        focus = active.focus if isinstance(active, KeyframePass) else None
+        focus = active.focus if isinstance(active, KeyframePass) else active.source_focus
         with self.hooks.during(active), focus.watching() if focus else nullcontext():
             noise = self.denoiser.noise(
                 torch.cat(latents), self.t, self.alpha, embeds_NTE, active=active

@@ -46,21 +46,31 @@ _LEAST = 1e-6
 
 
 class Focus:
-    """Watches the target branch of a pass.
+    """Watches one branch of a pass: the target's, what its frames would be told by the source's
+    prompt; or the source's, by the target's.
 
     Args:
         unet: of the SD 1.x / 2.x layout.
-        source_TE: text embedding of the source's prompt.
-        frames: N, the pass's last rows: its target branch.
+        other_TE: text embedding of the prompt that the branch is not told.
+        frames: N.
         latent_hw: (h, w) of the latents.
+        of_source: watch the pass's first N rows, its source branch, instead of its last, its
+            target branch.
     """
 
     def __init__(
-        self, unet: nn.Module, source_TE: Tensor, frames: int, latent_hw: tuple[int, int]
+        self,
+        unet: nn.Module,
+        other_TE: Tensor,
+        frames: int,
+        latent_hw: tuple[int, int],
+        *,
+        of_source: bool = False,
     ) -> None:
         parameter = next(unet.parameters())
-        self.frames, self._latent_hw = frames, latent_hw
-        self._source_TE = source_TE.to(parameter.device, parameter.dtype)
+        self.frames, self.of_source, self._latent_hw = frames, of_source, latent_hw
+        self._rows = slice(frames) if of_source else slice(-frames, None)
+        self._other_TE = other_TE.to(parameter.device, parameter.dtype)
         grids = {
             f"{site.name.removesuffix('attn1')}attn2": site.grid(latent_hw)
             for site in attention_sites(unet)
@@ -87,11 +97,11 @@ class Focus:
         kwargs: dict[str, Any],
         told_NLC: Tensor,
     ) -> None:
-        tokens_NLC = (args[0] if args else kwargs["hidden_states"])[-self.frames :]
-        text_NTE = self._source_TE.expand(self.frames, -1, -1)
+        tokens_NLC = (args[0] if args else kwargs["hidden_states"])[self._rows]
+        text_NTE = self._other_TE.expand(self.frames, -1, -1)
         # Past the hooks, this one among them.
-        before_NLC = module.forward(tokens_NLC, encoder_hidden_states=text_NTE)
-        change_NLC = told_NLC[-self.frames :].float() - before_NLC.float()
+        other_NLC = module.forward(tokens_NLC, encoder_hidden_states=text_NTE)
+        change_NLC = told_NLC[self._rows].float() - other_NLC.float()
         change_NL = torch.linalg.vector_norm(change_NLC, dim=-1)
         change_NL = change_NL / change_NL.mean(dim=1, keepdim=True).clamp(min=1e-12)
         fine_N1hw = functional.interpolate(

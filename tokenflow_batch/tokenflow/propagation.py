@@ -18,6 +18,7 @@ from torch.nn import functional
 from tokenflow_batch.clock import measured
 from tokenflow_batch.tokenflow.attention import attend_alone
 from tokenflow_batch.tokenflow.correspondence import Backend, match_frames
+from tokenflow_batch.tokenflow.focus import Focus
 from tokenflow_batch.tokenflow.injection import Site
 from tokenflow_batch.tokenflow.keyframes import Neighbours
 from tokenflow_batch.tokenflow.modes import Following
@@ -53,6 +54,7 @@ class PropagationPass:
         following: Following = "agreed",
         focus_K1hw: Tensor | None = None,
         own: int = 0,
+        source_focus: Focus | None = None,
     ) -> None:
         """Set up a pass.
 
@@ -71,6 +73,7 @@ class PropagationPass:
                 asked.
             own: in how many branches frames compute attention of their own: in none, in one, the
                 source's, or in all R.
+            source_focus: watches the source branch meanwhile.
 
         Raises:
             ValueError: there is to be own attention without `focus_K1hw` or the source branch, or
@@ -82,7 +85,7 @@ class PropagationPass:
             raise ValueError(f"own attention is of 1 or all {branches} branches, not {own}")
         self.keyframe_pass, self.neighbours, self.branches = keyframe_pass, neighbours, branches
         self.grids, self.following = grids, following
-        self.focus_K1hw, self.own = focus_K1hw, own
+        self.focus_K1hw, self.own, self.source_focus = focus_K1hw, own, source_focus
         self.inject_conv, self.stored_conv_NChw = inject_conv, stored_conv_NChw
         self.stored_index, self.matching = stored_index, matching
         self._candidates: dict[Grid, tuple[Tensor, Tensor]] = {}

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 from torch import nn
 
+from tokenflow_batch.tokenflow.focus import Focus
 from tokenflow_batch.tokenflow.injection import attention_sites
 from tokenflow_batch.tokenflow.passes import KeyframePass
 from tokenflow_batch.tokenflow.propagation import PropagationPass
@@ -52,10 +53,12 @@ class Weights:
         """
         if isinstance(active, KeyframePass):
             pairs = active.frame_pairs(rows // active.branches)
-            focused = active.focus.frames if active.focus else 0
-            focus = focused * self._of.focus(self._latent_hw)
-            return rows * self._row + (pairs - rows) * self._scores + focus
+            return rows * self._row + (pairs - rows) * self._scores + self._looking(active.focus)
         if isinstance(active, PropagationPass):
             replaced = rows - active.kept
-            return rows * self._row - replaced * self._attn1 + active.searches * self._scores // 2
+            whole = rows * self._row + self._looking(active.source_focus)
+            return whole - replaced * self._attn1 + active.searches * self._scores // 2
         return rows * self._row
+
+    def _looking(self, focus: Focus | None) -> int:
+        return focus.frames * self._of.focus(self._latent_hw) if focus else 0
