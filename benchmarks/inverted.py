@@ -122,7 +122,9 @@ def reconstructed(model: Model, prepared: Prepared, own: NDArray[np.uint8]) -> d
     """PSNR in dB of sampling the inverted latents back, against the VAE's reconstruction."""
     denoiser = Denoiser(model.unet, model.prediction_type)
     embeds = model.embed(prepared.clip.caption).unsqueeze(0)
-    parts = [sample(denoiser, x, embeds, prepared.schedule) for x in prepared.source[0].split(8)]
+    parts = [
+        sample(denoiser, x, embeds, prepared.schedule) for x in prepared.source[0].split(BATCH)
+    ]
     values = [psnr(a, b) for a, b in zip(decode(model, torch.cat(parts)), own, strict=True)]
     return {"mean": float(np.mean(values)), "worst": float(np.min(values))}
 

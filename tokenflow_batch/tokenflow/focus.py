@@ -3,8 +3,9 @@
 Where both prompts say the same, guidance late in sampling sharpens what is not to change, a little
 differently in every frame. What a place is told is the output of its cross-attention. So that is
 computed a second time, from the source's prompt and for the target's own queries, and how far the
-two lie apart says how much the edit is about this place. Where they agree and the edit has changed
-nothing that one would notice, the last steps lead back to the source (docs/architecture.md).
+two lie apart says how much the edit is about this place. Where they agree, for the source's own
+queries as well, and the edit has changed nothing that one would notice, the last steps lead back to
+the source (docs/architecture.md).
 
 Shape suffixes: N frames in a batch, L tokens, C channels, T prompt tokens, E embedding width,
 h w latent size.
@@ -69,7 +70,6 @@ class Focus:
     ) -> None:
         parameter = next(unet.parameters())
         self.frames, self.of_source, self._latent_hw = frames, of_source, latent_hw
-        self._rows = slice(frames) if of_source else slice(-frames, None)
         self._other_TE = other_TE.to(parameter.device, parameter.dtype)
         grids = {
             f"{site.name.removesuffix('attn1')}attn2": site.grid(latent_hw)
@@ -97,11 +97,12 @@ class Focus:
         kwargs: dict[str, Any],
         told_NLC: Tensor,
     ) -> None:
-        tokens_NLC = (args[0] if args else kwargs["hidden_states"])[self._rows]
+        rows = slice(self.frames) if self.of_source else slice(-self.frames, None)
+        tokens_NLC = (args[0] if args else kwargs["hidden_states"])[rows]
         text_NTE = self._other_TE.expand(self.frames, -1, -1)
         # Past the hooks, this one among them.
         other_NLC = module.forward(tokens_NLC, encoder_hidden_states=text_NTE)
-        change_NLC = told_NLC[self._rows].float() - other_NLC.float()
+        change_NLC = told_NLC[rows].float() - other_NLC.float()
         change_NL = torch.linalg.vector_norm(change_NLC, dim=-1)
         change_NL = change_NL / change_NL.mean(dim=1, keepdim=True).clamp(min=1e-12)
         fine_N1hw = functional.interpolate(
