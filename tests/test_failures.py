@@ -305,6 +305,23 @@ def test_the_exit_code_is_one_failure_s_kind_or_how_many_there_are(tmp_path, tin
     assert "prompt of" in results[1].error.message
 
 
+def test_what_the_model_can_t_do_is_said_before_anything_runs(tmp_path, tiny_model, caplog):
+    clip(tmp_path / "clip.mp4", 2)
+    edits = [
+        EDIT,
+        {"name": "long", "prompt": "much " * 40},
+        {"name": "site", "prompt": "a star", "conv_site": "up_blocks.9.resnets.0"},
+    ]
+    manifest = write_manifest(tmp_path, tiny_model, clips=[{"video": "clip.mp4", "edits": edits}])
+    fine, long, site = run(manifest, ("encode",))
+    assert fine.error is None
+    assert "prompt of" in str(long.error)
+    assert "up_blocks.9" in str(site.error)
+    assert fine.ran == ["encode"]
+    assert long.ran == long.skipped == site.skipped == []
+    assert "manifest.yaml:" in caplog.text  # where
+
+
 def test_a_resolution_that_does_not_fit_the_model_names_the_next_ones(tmp_path, tiny_model):
     clip(tmp_path / "clip.mp4", 1)
     (result,) = run(write_manifest(tmp_path, tiny_model, resolution=[60, 32]))
@@ -340,7 +357,8 @@ def test_a_stage_that_another_run_works_on_is_waited_for(manifest, tiny_model, c
         [sys.executable, "-c", HOLD, str(lock)], stdout=subprocess.PIPE, text=True
     ) as other:
         assert other.stdout.readline() == "held\n"
-        refused = command("run", manifest, "--force", "edit")
+        refused = command("run", manifest, "--force", "invert")
+        assert folder_of(manifest, "invert").complete  # nothing is lost by what can't be begun
         threading.Timer(3, other.kill).start()  # a dead process holds nothing
         answer = command("run", manifest, "--json")
     assert refused.exit_code == 9

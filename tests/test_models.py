@@ -332,3 +332,13 @@ def test_a_hub_id_is_found_in_the_local_cache_without_a_network(tiny_model, tmp_
     assert found.endswith("models--owner--tiny-v1.5_x/snapshots/" + "a" * 40)
     assert "no complete set of safetensors weights" in bare
     assert "can't be had from the hub" in none
+
+
+def test_a_decoder_that_overflows_is_no_black_picture(tiny_model, compute):
+    model = loaded(tiny_model, compute)
+    model._vae.decoder.conv_out.bias.data.fill_(float("nan"))
+    with pytest.raises(ModelError, match=r"^frames 3 to 4: .*not finite"):
+        model.decode(torch.zeros(2, *model.frame_shape((64, 32))), "frames 3 to 4")
+    model._vae.encoder.conv_out.bias.data.fill_(float("inf"))
+    with pytest.raises(ModelError, match=r"^encoding: .*not finite"):
+        model.encode(np.zeros((1, 32, 64, 3), np.uint8))

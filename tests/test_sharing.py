@@ -390,3 +390,30 @@ def test_a_freed_stage_that_can_t_be_begun_anew_is_a_message(manifest, size):
     folder.folder.with_name(f"{folder.key}.removed").write_text("a file in the way")
     for results in runs(manifest, size):
         assert all(type(r.error) is StoreError for r in results)
+
+
+class Inverting(Stage):
+    """Begins `match` on the way, as `invert` does, and `hook` may be in the way."""
+
+    name = "invert"
+
+    def __init__(self, hook):
+        self.hook = hook
+
+    def run(self, context, folder):
+        target = context.handed
+        assert target is not None
+        context.sharing.once(target, "layout", lambda: self.hook(context.sharing.team))
+        for unit in context.sharing.share(folder, {"x": "x"}):
+            commit(folder, unit)
+
+
+def test_what_fails_in_a_stage_that_is_handed_to_reaches_all(manifest, monkeypatch):
+    def hook(_team):
+        time.sleep(0.2)  # the other has long begun to wait
+        raise RuntimeError("boom")
+
+    monkeypatch.setitem(IMPLEMENTATIONS, "invert", Inverting(hook))
+    batch = load(manifest)
+    for results in together(2, lambda team: Runner(batch, silent, team).run(("encode", "invert"))):
+        assert ["boom" in str(r.error) for r in results] == [True, True]

@@ -200,6 +200,22 @@ def test_a_block_of_zeros_is_a_file_and_its_loss_is_no_zeros(stage):
         ArrayStore.open(again(stage)).read("latents", (0,), range(4))
 
 
+@pytest.mark.parametrize("remove", ["drop", "free", "rename"])
+def test_what_another_run_removes_after_the_check_is_no_zeros(stage, remove):
+    filled(stage)
+    stage.finish({})
+    reader = ArrayStore.open(again(stage))
+    assert reader.read("latents", (0,), range(4)).any()
+    if remove == "drop":
+        again(stage).drop(unit_name("made", (0, 0)))
+    elif remove == "free":
+        again(stage).free()
+    else:
+        stage.folder.rename(stage.folder.with_name("k0.removed"))
+    with pytest.raises(DamagedUnit, match="made-00000-00000"):
+        reader.read("latents", (0,), range(4))
+
+
 def test_a_unit_that_was_never_written_is_no_zeros(stage):
     store = ArrayStore.create(stage, SPECS)
     store.write((0, 0), block(0, 4))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,11 +10,15 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from tokenflow_batch.config import Batch
-from tokenflow_batch.errors import StoreError
+from tokenflow_batch.errors import StoreError, VideoError
 from tokenflow_batch.files import tree_bytes
 from tokenflow_batch.inputs import Inputs
+from tokenflow_batch.keys import KEY_LENGTH
 from tokenflow_batch.paths import Workspace
 from tokenflow_batch.stage_names import STAGES, StageName
+
+_STAGE_FOLDER = re.compile(rf"[0-9a-f]{{{KEY_LENGTH}}}(\.removed)?")
+"""Names that runs give; where work and output folder are one, clips' folders lie beside them."""
 
 
 @dataclass(frozen=True)
@@ -34,24 +39,32 @@ class Unneeded:
 def unneeded(batch: Batch) -> list[Unneeded]:
     """Every stage folder of the work folder that no job of the batch needs.
 
+    Videos that are not remembered are read: a guess at their digest might remove their results.
+
     Raises:
         ModelError: the model is not on this disk.
         StoreError: a job's folders can't be told from others because its video can't be read.
     """
     inputs = Inputs.of(batch, download=False)
     needed: set[Path] = set()
-    for job, keys in zip(batch.jobs, inputs.planned_keys(), strict=True):
-        if keys is None:
+    for job in batch.jobs:
+        try:
+            keys = inputs.keys(job)
+        except VideoError as error:
             raise StoreError(
-                f"{job.video} can't be read, so which results are {job.name}'s is not known",
+                f"{error.message}, so which results are {job.name}'s is not known",
                 hint=f"bring it back, or take the clip out of the manifest ({job.where})",
-            )
+            ) from None
         needed |= {inputs.workspace.stage(stage, key.key) for stage, key in keys.items()}
     found: list[Unneeded] = []
     for stage in STAGES:
         root = inputs.workspace.work / stage
-        there = sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
-        found += [Unneeded(stage, path, tree_bytes(path)) for path in there if path not in needed]
+        there = sorted(root.iterdir()) if root.is_dir() else []
+        found += [
+            Unneeded(stage, path, tree_bytes(path))
+            for path in there
+            if _STAGE_FOLDER.fullmatch(path.name) and path.is_dir() and path not in needed
+        ]
     return found
 
 

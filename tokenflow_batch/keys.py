@@ -17,6 +17,9 @@ from tokenflow_batch.files import digest_json
 from tokenflow_batch.ranges import Part
 from tokenflow_batch.stage_names import StageName
 
+KEY_LENGTH = 24
+"""Hexadecimal digits of a key."""
+
 VERSIONS: Mapping[StageName, int] = {
     "encode": 2,
     "invert": 4,
@@ -112,7 +115,7 @@ def stage_keys(job: Job, identity: Identity, dtype: str) -> dict[StageName, Stag
 
 def _key(stage: StageName, values: Mapping[str, Any]) -> StageKey:
     described = {"stage": stage, "version": VERSIONS[stage], **values}
-    return StageKey(stage, digest_json(described)[:24], described)
+    return StageKey(stage, digest_json(described)[:KEY_LENGTH], described)
 
 
 @lru_cache(maxsize=64)  # a clip's edits have these in common
@@ -133,7 +136,7 @@ def _source_keys(
     described = {"invert": invert.key, **_json(matched)}
     match = _key("match", {**described, **_stored(*stored)})
     # What an edit reads of `match` doesn't depend on how much more is stored for other edits.
-    read = digest_json({"version": VERSIONS["match"], **described})[:24]
+    read = digest_json({"version": VERSIONS["match"], **described})[:KEY_LENGTH]
     return {"encode": encode, "invert": invert, "match": match}, read
 
 

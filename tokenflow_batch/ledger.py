@@ -18,7 +18,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from tokenflow_batch.ahead import Behind
 from tokenflow_batch.clock import Lap
@@ -192,6 +192,15 @@ class StageFolder:
         self._checked.add(unit)
         return record
 
+    def vanished(self, unit: str) -> NoReturn:
+        """Say that a unit's files went away after they were checked: removed by another run.
+
+        Raises:
+            DamagedUnit: always.
+        """
+        self._checked.discard(unit)
+        raise self._damage(unit, "its files were removed while they were read")
+
     def _sound(self, unit: str, name: str, sha256: str) -> bool:
         if self._copies:
             return self._copies.fetch(unit, name, sha256)
@@ -270,7 +279,10 @@ class StageFolder:
         return record is not None and bool(record.facts.get(_FREED))
 
     def free(self) -> None:
-        """Remove the data of a finished stage; it counts as done all the same. Safe to repeat."""
+        """Remove the data of a finished stage; it counts as done all the same. Safe to repeat.
+
+        Data lie in folders. Files beside them (facts of a clip, its timestamps) are small and stay.
+        """
         record = self.record(COMPLETE)
         if record is None:
             raise ValueError(f"{self.folder} is not finished")
@@ -280,8 +292,6 @@ class StageFolder:
         for path in self.folder.iterdir():
             if path.is_dir() and path != self._commits:
                 shutil.rmtree(path)
-            elif path.is_file() and path.name not in ("key.json", "numerics.json"):
-                path.unlink()
         self._checked.clear()
 
     def totals(self) -> dict[str, float]:

@@ -225,19 +225,29 @@ class Model:
 
     @measured("vae")
     @torch.no_grad()
-    def encode(self, frames: NDArray[np.uint8]) -> Tensor:
-        """Posterior means times the scaling factor: (N, H, W, 3) uint8 → (N, C, h, w) float32."""
+    def encode(self, frames: NDArray[np.uint8], what: str = "encoding") -> Tensor:
+        """Posterior means times the scaling factor: (N, H, W, 3) uint8 → (N, C, h, w) float32.
+
+        Raises:
+            ModelError: they are not finite; it begins with `what`.
+        """
         x_NCHW = torch.from_numpy(frames).permute(0, 3, 1, 2).to(self.compute.device)
         x_NCHW = (x_NCHW.float() / 127.5 - 1).to(self.compute.dtype)
         mean: Tensor = self._vae.encode(x_NCHW).latent_dist.mean
+        require_finite(mean, what)
         return (mean.float() * self._vae.config.scaling_factor).cpu()
 
     @measured("vae")
     @torch.no_grad()
-    def decode(self, latents_NChw: Tensor) -> NDArray[np.uint8]:
-        """(N, C, h, w) → (N, H, W, 3) uint8."""
+    def decode(self, latents_NChw: Tensor, what: str = "decoding") -> NDArray[np.uint8]:
+        """(N, C, h, w) → (N, H, W, 3) uint8.
+
+        Raises:
+            ModelError: the pixels are not finite; it begins with `what`.
+        """
         z = latents_NChw.to(self.compute.device, torch.float32) / self._vae.config.scaling_factor
         x_NCHW: Tensor = self._vae.decode(z.to(self.compute.dtype)).sample
+        require_finite(x_NCHW, what)
         scaled = (x_NCHW.float().clamp(-1, 1) + 1) * 127.5
         pixels: NDArray[np.uint8] = scaled.round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
         return pixels

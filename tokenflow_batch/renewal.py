@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from tokenflow_batch.config import Job
@@ -41,9 +41,9 @@ class Renewal:
         failed = {}
         for job in jobs:
             try:
-                for stage in stages:
-                    for later in STAGES[STAGES.index(stage) :]:
-                        self._remove(job, later, forced)
+                if stages:
+                    first = min(map(STAGES.index, stages))
+                    self._remove(job, STAGES[first:], forced)
             except Exception as error:  # the batch goes on
                 failed[job.name] = outcome_of(JobResult(job), self.inputs.workspace, error)
                 say_failed(job, self.inputs.workspace, failed[job.name])
@@ -60,9 +60,8 @@ class Renewal:
         for job in jobs:
             try:
                 with suppress(VideoError):  # which the job will meet again, and tell
-                    for stage in self._freed(job):
-                        if stage in stages:
-                            self._remove(job, stage, set())
+                    again = self._freed(job)
+                    self._remove(job, [s for s in STAGES if s in again and s in stages], set())
             except Exception as error:  # the batch goes on
                 failed[job.name] = outcome_of(JobResult(job), self.inputs.workspace, error)
                 if not mendable(failed[job.name]):
@@ -88,19 +87,26 @@ class Renewal:
         folders = (StageFolder(workspace.stage(s, keys[s].key), s, keys[s].key) for s in STAGES)
         return needed_again({s: _state(f) for s, f in zip(STAGES, folders, strict=True)})
 
-    def _remove(self, job: Job, stage: StageName, removed: set[Path]) -> None:
-        """Remove a stage's result, unless it is among those `removed` already."""
-        key = self.inputs.keys(job)[stage].key
-        folder = self.inputs.workspace.stage(stage, key)
-        if folder in removed:
-            return
-        removed.add(folder)
-        with self.locks.alone(stage, key, job.name):
-            if folder.exists():
-                aside = folder.with_name(f"{folder.name}.removed")
-                shutil.rmtree(aside, ignore_errors=True)
-                folder.rename(aside)  # first, so that a kill leaves no half of it
-                shutil.rmtree(aside)
+    def _remove(self, job: Job, stages: Sequence[StageName], removed: set[Path]) -> None:
+        """Remove stages' results, unless they are among those `removed` already.
+
+        None of them where another run works on one.
+        """
+        keys = self.inputs.keys(job)
+        with ExitStack() as held:
+            folders = []
+            for stage in stages:
+                folder = self.inputs.workspace.stage(stage, keys[stage].key)
+                if folder not in removed:
+                    held.enter_context(self.locks.alone(stage, keys[stage].key, job.name))
+                    folders.append(folder)
+            for folder in folders:
+                removed.add(folder)
+                if folder.exists():
+                    aside = folder.with_name(f"{folder.name}.removed")
+                    shutil.rmtree(aside, ignore_errors=True)
+                    folder.rename(aside)  # first, so that a kill leaves no half of it
+                    shutil.rmtree(aside)
 
 
 def _state(folder: StageFolder) -> State:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 
+from tokenflow_batch.asking import refused
 from tokenflow_batch.config import Batch, Job
 from tokenflow_batch.disk import keep_within, warn_if_over
 from tokenflow_batch.distributed import Team
@@ -32,7 +33,7 @@ from tokenflow_batch.results import (
     publish,
     say_failed,
 )
-from tokenflow_batch.stage_names import STAGES, StageName
+from tokenflow_batch.stage_names import STAGE_DATA, STAGES, StageName
 from tokenflow_batch.stages import IMPLEMENTATIONS
 from tokenflow_batch.stages.base import Beside, Progress, StageContext, clear_scratch
 from tokenflow_batch.stages.memory import MemoryUse
@@ -130,6 +131,10 @@ class Runner:
     ) -> list[JobResult]:
         """Rounds over the jobs, until none is left that another round can mend."""
         failed = self.team.agree("force", lambda: self._renewal.force(self.batch.jobs, force))
+        asking = [job for job in self.batch.jobs if job.name not in failed]
+        failed |= self.team.agree(
+            "asked", lambda: refused(self.inputs, lambda: self.model, asking, stages)
+        )
         results = {job.name: JobResult(job) for job in self.batch.jobs}
         for name, outcome in failed.items():
             results[name].take(outcome)
@@ -302,7 +307,8 @@ class Runner:
             return
         for needed in implementation.inputs:
             source = context.folder(needed)
-            if not source.complete or source.freed:
+            gone = source.freed and needed in STAGE_DATA[stage]
+            if not source.complete or gone:
                 state = "was removed to keep the disk budget" if source.finished else "is not done"
                 raise MissingInput(
                     f"{stage} needs {needed}, which {state}",
@@ -343,8 +349,9 @@ class Runner:
             raise
         except Exception as error:
             folder.abandon()
-            if sharing.owes(folder):  # to other jobs' processes, too, if they share the stage
-                sharing.fail(folder, failure(context.job, self.inputs.workspace, error))
+            for begun in filter(None, (folder, context.handed)):
+                if sharing.owes(begun):  # to other jobs' processes, too, if they share the stage
+                    sharing.fail(begun, failure(context.job, self.inputs.workspace, error))
             raise
         finally:
             folder.abandon()  # before the lock goes

@@ -16,4 +16,11 @@ STAGE_INPUTS: Mapping[StageName, tuple[StageName, ...]] = {
     "render": ("encode", "edit"),
     "report": ("encode", "invert", "edit", "render"),
 }
-"""The stages whose results each stage reads."""
+"""The stages whose results each stage is made of."""
+
+STAGE_DATA: Mapping[StageName, tuple[StageName, ...]] = {
+    **STAGE_INPUTS,
+    "render": ("edit",),
+    "report": ("render",),
+}
+"""Of these, the stages whose data it reads: of others records and facts do, which are kept."""

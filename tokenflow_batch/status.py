@@ -17,7 +17,7 @@ from tokenflow_batch.inputs import Inputs, Keys
 from tokenflow_batch.joblog import JobLog
 from tokenflow_batch.ledger import StageFolder
 from tokenflow_batch.paths import Workspace
-from tokenflow_batch.stage_names import STAGE_INPUTS, STAGES, StageName
+from tokenflow_batch.stage_names import STAGE_DATA, STAGE_INPUTS, STAGES, StageName
 
 State = Literal["done", "freed", "running", "begun", "waiting", "damaged", "unknown"]
 """`freed`: done, its data removed since to keep the disk budget. `running`: a process of this
@@ -69,7 +69,7 @@ def needed_again(states: Mapping[StageName, State]) -> set[StageName]:
         if stage in wanted and states[stage] == "freed":
             again.add(stage)
         if stage in again or states[stage] not in ("done", "freed"):
-            wanted.update(STAGE_INPUTS[stage])
+            wanted.update(STAGE_DATA[stage])
     return again
 
 

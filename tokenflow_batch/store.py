@@ -232,7 +232,8 @@ class ArrayStore:
                 found[owner == n] = data[wanted[owner == n] % spec.block_frames]
         if stored.any():
             with waiting(), measured("store"):
-                for n in sorted(n for n, data in fresh.items() if data is None):
+                on_disk = sorted(n for n, data in fresh.items() if data is None)
+                for n in on_disk:
                     self.stage.check(unit_name(spec.unit, (*block, n)))
                 array: Any = self._arrays[name]
                 places = np.flatnonzero(stored)
@@ -240,6 +241,10 @@ class ArrayStore:
                 ends = np.flatnonzero(np.diff(wanted[places]) != 1) + 1
                 for run in np.split(places, ends):
                     found[run] = array[(*block, slice(wanted[run[0]], wanted[run[-1]] + 1))]
+                # Afterwards, as zarr gives zeros for a file that another run has removed meanwhile.
+                for n in on_disk:
+                    if not self._file(name, (*block, n)).is_file():
+                        self.stage.vanished(unit_name(spec.unit, (*block, n)))
         return found
 
     def _where(self, name: str, block: Block) -> tuple[int | slice, ...]:

@@ -41,10 +41,7 @@ class Encode(Stage):
         sharing.once(folder, PROBE, lambda: _probe(context, folder))
         clip = read_clip(context)
         sharing.once(folder, CUTS, lambda: _find_cuts(context, folder, clip))
-        model, s = context.model(), context.settings
-        for prompt in (s.source_prompt, s.negative_prompt, s.prompt):
-            model.check_prompt(prompt)  # now, rather than after hours of inversion
-        model.check_conv_site(s.conv_site)
+        model = context.model()
         frame_shape = model.frame_shape(clip.geometry.working)
         specs = encode_arrays(clip.frames, clip.chunk_frames, frame_shape, context.float_dtype)
         store = context.store(folder, specs)
@@ -52,9 +49,11 @@ class Encode(Stage):
         missing = [chunk for unit, chunk in units.items() if not folder.committed(unit)]
         with context.progress("encode", sum(map(len, missing))) as advance:
             for chunk, frames in _frames_of(context, clip, sharing.share(folder, units)):
-                began, latents = time.perf_counter(), []
+                began, latents, done = time.perf_counter(), [], chunk.start
                 while batch := list(islice(frames, context.settings.vae_batch)):
-                    latents.append(model.encode(np.stack(batch)).numpy())
+                    what = f"encoding frames {done} to {done + len(batch) - 1}"
+                    latents.append(model.encode(np.stack(batch), what).numpy())
+                    done += len(batch)
                     advance(len(batch))
                 facts = {"frames": len(chunk), "seconds": time.perf_counter() - began}
                 store.write((chunk.index,), {"latents": np.concatenate(latents)}, facts)

@@ -112,8 +112,10 @@ def _decoded(
 ) -> Iterator[Frame]:
     """A chunk's edited frames at working size."""
     parts = batches(chunk.frames, context.settings.vae_batch)
+    done = chunk.start
     for latents in ahead((read_edited(context, frames) for frames in parts), 1):
-        yield from model.decode(latents)
+        yield from model.decode(latents, f"decoding frames {done} to {done + len(latents) - 1}")
+        done += len(latents)
         advance(len(latents))
 
 
