@@ -62,3 +62,13 @@ def test_a_manifest_that_is_there_is_left_alone(tmp_path):
     assert said.exit_code == 2
     assert "exists already" in said.stderr
     assert (tmp_path / "m.yaml").read_text() == "mine"
+
+
+def test_what_would_be_wrong_is_told_of_the_file_that_was_asked_for(tmp_path):
+    (tmp_path / "empty").mkdir()
+    path = tmp_path / "m.yaml"
+    answer = command("init", tmp_path / "empty", "--prompt", "a wolf", "--manifest", path)
+    assert answer.exit_code == 2
+    assert f"{path}, as it would be" in answer.output
+    assert ".tmp" not in answer.output
+    assert list(tmp_path.iterdir()) == [tmp_path / "empty"]

@@ -6,6 +6,8 @@ import json
 import pytest
 from jobs import clip, command, published, write_manifest
 
+from tokenflow_batch.manifest import load
+
 GOOD = """\
 version: 1
 model: demo
@@ -90,6 +92,21 @@ MISTAKES = {
         'naming: "{video}.mp4"',
         3,
         "{clip} and {edit}",
+    ),
+    "a field in a field": ("output: out/", 'naming: "{clip:{x}}.mp4"', 3, "there are {clip}"),
+    "a name that is too long": (
+        "output: out/",
+        f'naming: "{"x" * 230}-{{clip}}-{{edit}}.mp4"',
+        3,
+        "too long",
+    ),
+    "NUL in a path": ("output: out/", 'output: "out\\0"', 3, "NUL"),
+    "somebody else's home": ("wolf.mp4", "~nobody-at-all/*.mp4", 7, "no file matches"),
+    "an index into a matrix's key": (
+        "name: robot\n        prompt: a robot",
+        'name: "{prompt[a]}"\n        matrix: {prompt: [a, b]}',
+        10,
+        "there are {prompt}",
     ),
     "naming without a suffix": ("output: out/", 'naming: "{clip}/{edit}"', 3, "end in .mp4"),
     "one name for two results": (
@@ -289,3 +306,40 @@ def test_what_only_a_run_sees_fails_that_job_alone(tmp_path, tiny_model):
     command("run", manifest, "--only", "cut", "--until", "encode")
     rows = json.loads(command("status", manifest, "--json").stdout)["jobs"]
     assert {r["clip"]: r["error"] for r in rows}["cut"] is None
+
+
+def test_json_s_own_escapes_are_read(tmp_path):
+    path = tmp_path / "m.json"
+    (tmp_path / "wolf.mp4").write_bytes(b"")
+    edit = {"name": "e", "prompt": "a \U0001f43a, \\ud83d and \n"}
+    clips = [{"video": "wolf.mp4", "edits": [edit]}]
+    path.write_text(json.dumps({"version": 1, "model": "demo", "clips": clips}))
+    assert "\\ud83d" in path.read_text()
+    assert load(path).jobs[0].settings.prompt == edit["prompt"]
+
+
+def test_a_cell_that_looks_like_a_date_is_told_with_its_line(tmp_path):
+    path = tmp_path / "m.csv"
+    path.write_text("video,prompt,keyframe_seed\na.mp4,p,2020-13-45\n")
+    answer = command("status", path, "--model", "demo")
+    assert answer.exit_code == 2
+    assert f"{path}:2: keyframe_seed: can't be read" in answer.output
+
+
+def test_more_threads_than_there_may_be_are_told(tmp_path):
+    path = tmp_path / "m.yaml"
+    path.write_text(GOOD)
+    (tmp_path / "wolf.mp4").write_bytes(b"")
+    answer = command("run", path, "--dry-run", "--threads", "2000")
+    assert answer.exit_code == 2
+    assert "--threads: 2000: Input should be less than" in answer.output
+    assert "cuda" not in answer.output
+
+
+def test_a_work_folder_that_can_t_be_made_is_told(tmp_path, tiny_model):
+    clip(tmp_path / "clip.mp4", 2)
+    path = write_manifest(tmp_path, tiny_model)
+    answer = command("gc", path, "--workdir", "/proc/1/none", "--dry-run")
+    assert answer.exit_code not in (0, 1)
+    assert "/proc/1/none" in answer.output
+    assert "Traceback" not in answer.output

@@ -13,7 +13,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from tokenflow_batch.errors import VideoError
+from tokenflow_batch.errors import StoreError, VideoError
 
 
 def digest(path: Path) -> str:
@@ -28,6 +28,14 @@ def digest_json(value: Any) -> str:
 
 
 _CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+def at_home(path: str) -> Path:
+    """A path with a leading `~` resolved, or as it stands where there is no such user."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
 
 
 def fsync(path: Path) -> None:
@@ -125,13 +133,23 @@ class FileMemory:
         self._load()[name] = self._new[name] = entry
 
     def save(self) -> None:
-        """Add what is new to the file."""
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(self._path.with_suffix(".lock")):
-            self._known = None  # others may have added theirs since
-            self._load().update(self._new)
-            write_json(self._path, self._known)
-            self._read = self._version()
+        """Add what is new to the file.
+
+        Raises:
+            StoreError: it can't be written.
+        """
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(self._path.with_suffix(".lock")):
+                self._known = None  # others may have added theirs since
+                self._load().update(self._new)
+                write_json(self._path, self._known)
+                self._read = self._version()
+        except OSError as error:
+            raise StoreError(
+                f"{self._path}: can't be written: {error.strerror}",
+                hint="check that the work folder is a folder that can be written (--workdir)",
+            ) from error
         self._new = {}
 
 

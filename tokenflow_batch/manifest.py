@@ -23,9 +23,11 @@ from tokenflow_batch.config import (
     stored_conv_steps,
 )
 from tokenflow_batch.errors import ManifestError
+from tokenflow_batch.files import at_home
 from tokenflow_batch.manifest_names import (
     EditName,
     Name,
+    PathText,
     check_naming,
     clip_name,
     refuse_equal_names,
@@ -58,7 +60,7 @@ class EditEntry(Frozen):
 class ClipEntry(Frozen):
     """What only a clip has; it may also give any setting for its edits."""
 
-    video: str = Field(min_length=1, description="file, glob or folder, relative to the manifest")
+    video: PathText = Field(description="file, glob or folder, relative to the manifest")
     name: Name | None = Field(None, description="default: the file's name without its suffix")
     frames: tuple[Count, Count] | None = Field(
         None, description="only these: from the first up to, not including, the second; from 0"
@@ -73,12 +75,12 @@ class ManifestFile(Frozen):
     """The top level."""
 
     version: Literal[1]
-    model: str = Field(min_length=1, description="hub id, folder, single file, or `demo`")
+    model: PathText = Field(description="hub id, folder, single file, or `demo`")
     base_config: str | None = Field(
         None, description="for a single file: folder or hub id with its component configs"
     )
-    output: str = Field("outputs/", min_length=1, description="relative to the manifest")
-    naming: str = Field(NAMING, description="where a video goes under `output`")
+    output: PathText = Field("outputs/", description="relative to the manifest")
+    naming: PathText = Field(NAMING, description="where a video goes under `output`")
     runtime: Runtime = Runtime()
     defaults: Level = Field(default_factory=dict)
     clips: list[Level] = Field(min_length=1)
@@ -115,7 +117,7 @@ def load(
     assert top is not None  # noqa: S101 - stop() has raised otherwise
     _split(top.defaults, None, ("defaults",), problems)
     jobs: list[Job] = []
-    given = path.parent / Path(top.output).expanduser()
+    given = path.parent / at_home(top.output)
     results = [p.resolve() for p in (given, output, workdir) if p is not None]
     for index in range(len(top.clips)):
         jobs += _clip_jobs(path, top, index, results, problems)
@@ -244,7 +246,7 @@ def _videos(
 
     A search leaves the folders of `results` (resolved) out, unless it begins inside of them.
     """
-    target = root / Path(entry.video).expanduser()
+    target = root / at_home(entry.video)
     try:
         if target.is_dir():
             matched = [p for p in target.rglob("*") if _is_video(p.relative_to(target), target)]
@@ -298,7 +300,7 @@ def _is_video(path: Path, folder: Path) -> bool:
 
 def _model_reference(root: Path, model: str) -> str:
     """A path relative to the manifest if it exists, else the text as it stands (hub id, demo)."""
-    local = root / Path(model).expanduser()
+    local = root / at_home(model)
     return str(local) if model != "demo" and local.exists() else model
 
 

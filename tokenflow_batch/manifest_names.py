@@ -13,11 +13,20 @@ from tokenflow_batch.config import NAMING, Job
 from tokenflow_batch.manifest_text import Problems, Where
 from tokenflow_batch.ranges import Part
 
+_LONGEST = 230
+"""Bytes of a file's name; file systems take 255, and it has a longer one while it is written."""
+
 
 def _short_enough(name: str) -> str:
     if len(name.encode()) > 200:
         raise ValueError("too long for a file name")
     return name
+
+
+def _path_text(text: str) -> str:
+    if "\0" in text:
+        raise ValueError("a path can't have a NUL character")
+    return text
 
 
 def _edit_name(name: str) -> str:
@@ -33,6 +42,7 @@ Name = Annotated[
     AfterValidator(_short_enough),
 ]
 EditName = Annotated[Name, AfterValidator(_edit_name)]
+PathText = Annotated[str, StringConstraints(min_length=1), AfterValidator(_path_text)]
 _NAME: TypeAdapter[str] = TypeAdapter(Name)
 
 
@@ -90,7 +100,7 @@ def check_naming(naming: str, jobs: Sequence[Job], problems: Problems) -> None:
         if unknown:
             raise ValueError(f"there is no {{{min(map(str, unknown))}}}")
         names = [naming.format(clip=job.clip, edit=job.edit) for job in jobs]
-    except ValueError as error:
+    except (ValueError, LookupError, AttributeError, TypeError) as error:
         problems.add(where, f"template {naming!r}: {error}; there are {{clip}} and {{edit}}")
         return
     if not naming.endswith(".mp4"):
@@ -99,6 +109,9 @@ def check_naming(naming: str, jobs: Sequence[Job], problems: Problems) -> None:
         parts = PurePosixPath(name).parts
         if name.startswith("/") or "\\" in name or any(p.startswith((".", "~")) for p in parts):
             problems.add(where, f"{name!r} is not inside the output folder, or hidden")
+            return
+        if any(len(part.encode()) > _LONGEST for part in parts):
+            problems.add(where, f"{name!r} is too long for a file's name")
             return
     taken: dict[str, Job] = {}
     for job, name in zip(jobs, names, strict=True):

@@ -71,7 +71,7 @@ def _cell(path: Path, line: int, key: str, text: str) -> Any:
         return text.strip()
     try:
         return yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):  # the latter of a date that is none
         raise ManifestError(f"{path}:{line}: {key}: can't be read: {text!r}") from None
 
 
@@ -102,7 +102,7 @@ def expand(raw: Level, where: Where, problems: Problems) -> list[Level]:
         chosen = dict(zip(matrix, values, strict=True))
         try:
             name = str(template).format(**{k: file_safe(str(v)) for k, v in chosen.items()})
-        except (KeyError, IndexError, ValueError, AttributeError) as error:
+        except (LookupError, ValueError, AttributeError, TypeError) as error:
             known = ", ".join(f"{{{key}}}" for key in matrix)
             problems.add((*where, "name"), f"template {template!r}: {error}; there are {known}")
             return []

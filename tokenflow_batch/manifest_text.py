@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,6 +70,14 @@ class Text:
         return line + 1
 
 
+# JSON writes characters beyond the first plane as two escapes, which YAML does not know.
+_PAIR = re.compile(r"(?<!\\)((?:\\\\)*)(\\u[dD][89abAB]\w\w\\u[dD][c-fC-F]\w\w)")
+
+
+def _joined(pair: re.Match[str]) -> str:
+    return pair[1] + str(json.loads(f'"{pair[2]}"'))
+
+
 def _decoded(path: Path) -> str:
     """A file's text.
 
@@ -76,7 +86,8 @@ def _decoded(path: Path) -> str:
     """
     data = path.read_bytes()
     try:
-        return data.decode("utf-8")
+        text = data.decode("utf-8")
+        return _PAIR.sub(_joined, text) if path.suffix.lower() == ".json" else text
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise ManifestError(

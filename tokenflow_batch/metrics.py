@@ -5,6 +5,7 @@ Frames are uint8 (H, W, 3) RGB; flow is float32 (H, W, 2), pixels, x then y.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -196,11 +197,15 @@ def _bootstrapped(
 class Looks:
     """The looks of all frames of a video: 16 bytes a frame."""
 
-    values: list[NDArray[np.float32]] = field(default_factory=list)
+    values: array[float] = field(default_factory=lambda: array("f"))
 
     def add(self, frame: Frame, mask: NDArray[np.bool_] | None = None) -> None:
         """Take one frame."""
-        self.values.append(look(frame, mask))
+        self.values.frombytes(look(frame, mask).tobytes())
+
+    def _looks(self) -> NDArray[np.float64]:
+        """(F, 4)."""
+        return np.array(self.values, np.float64).reshape(-1, 4)
 
     def changes(
         self, gap: int, cuts: Sequence[int] = ()
@@ -209,7 +214,7 @@ class Looks:
 
         NaN where a shot cut (first frame of a shot) lies between the two.
         """
-        looks = np.array(self.values, np.float64).reshape(-1, 4)
+        looks = self._looks()
         delta = looks[gap:] - looks[: max(0, len(looks) - gap)]
         starts = np.arange(len(delta))
         for cut in cuts:
@@ -218,6 +223,6 @@ class Looks:
 
     def drift(self, frames: int) -> tuple[float, float]:
         """Change of colour (ΔE) and of texture from the first so many frames to the last."""
-        looks = np.array(self.values, np.float64).reshape(-1, 4)
+        looks = self._looks()
         delta = np.nanmean(looks[-frames:], axis=0) - np.nanmean(looks[:frames], axis=0)
         return float(np.linalg.norm(delta[:3])), float(abs(delta[3]))

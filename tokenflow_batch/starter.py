@@ -70,7 +70,12 @@ def write_starter(path: Path, videos: Path, prompts: Sequence[str], model: str) 
     text = _TEXT.format(model=_quoted(model), video=_quoted(video), edits="\n".join(edits))
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
-        return len(load(temporary).jobs)
+        try:
+            return len(load(temporary).jobs)
+        except ManifestError as error:
+            raise ManifestError(
+                error.message.replace(str(temporary), f"{path}, as it would be"), hint=error.hint
+            ) from None
 
 
 def _quoted(text: str) -> str:

@@ -131,10 +131,6 @@ class UNetFlops:
     def _core(self, latent_hw: tuple[int, int]) -> int:
         return _total(self, latent_hw, f".{CORE}")
 
-    def share(self, latent_hw: tuple[int, int], site: str) -> float:
-        """Of a whole row, what a pass takes that leaves the UNet at `site`."""
-        return self.row(latent_hw, site) / self.row(latent_hw)
-
     def operations(self, latent_hw: tuple[int, int]) -> Operations:
         """All of a row."""
         widths, last = self.widths, len(self.widths) - 1

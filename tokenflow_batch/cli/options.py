@@ -126,10 +126,11 @@ def _overridden(runtime: Runtime, given: dict[str, Any]) -> Runtime:
         return type(runtime).model_validate(runtime.model_dump() | given)
     except ValidationError as error:
         wrong = error.errors()[0]
-        raise ManifestError(
-            f"--{wrong['loc'][0]}: there is no {wrong['input']!r}",
-            hint="give cpu, cuda or cuda:N",
-        ) from None
+        if wrong["loc"][0] == "device":
+            raise ManifestError(
+                f"--device: there is no {wrong['input']!r}", hint="give cpu, cuda or cuda:N"
+            ) from None
+        raise ManifestError(f"--{wrong['loc'][0]}: {wrong['input']!r}: {wrong['msg']}") from None
 
 
 class _Terminated(KeyboardInterrupt):

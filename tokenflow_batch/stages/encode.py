@@ -71,7 +71,10 @@ def _probe(context: StageContext, folder: StageFolder) -> None:
             f"{job.video}: {error}", hint=f"change `resolution` ({job.where})"
         ) from None
     if facts.damaged:
-        context.warn(f"{job.video}: {facts.damaged} damaged frames or packets were left out")
+        context.warn(
+            f"{job.video}: {facts.damaged} frames or packets are damaged; "
+            "what can be decoded of them is kept"
+        )
     if facts.high_dynamic_range:
         context.warn(f"{job.video}: high dynamic range comes out as plain 8-bit BT.709")
     if geometry.crops:

@@ -9,7 +9,7 @@ h w latent size, T prompt tokens, E embedding width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -195,7 +195,6 @@ def predict_window(
     t: int,
     alpha: float,
     window: WindowMoment,
-    on_rows: Callable[[int], None] = lambda _: None,
 ) -> Tensor:
     """Guided noise predictions of a window's frames at one sampling step.
 
@@ -209,7 +208,6 @@ def predict_window(
         t: its timestep.
         alpha: ᾱ at t.
         window: its frames, keyframes and anchors at this step.
-        on_rows: told how many UNet rows each call took, for progress.
 
     Returns:
         (F, C, h, w) float32 on the CPU.
@@ -222,7 +220,7 @@ def predict_window(
     recompute = settings.recomputes_conv(step)
     if recompute and joint.branches == joint.edited:  # else they are the batch's own source's
         joint.stored_conv_KChw = call.features(inputs.source(together))
-    on_rows(call.run(joint, call.read(together, joint.branches), len(together))[1])
+    call.run(joint, call.read(together, joint.branches), len(together))
     where_K1hw = joint.focus.weight()[len(window.anchors) :] if joint.focus else None
     predictions = []
 
@@ -245,10 +243,9 @@ def predict_window(
     for spread, latents, batch, source in ahead(passes(), 1):
         if recompute:
             spread.stored_conv_NChw = call.features_of(batch, joint, window.keyframes, source)
-        noise_RNChw, rows = call.run(spread, latents, len(batch))
+        noise_RNChw = call.run(spread, latents, len(batch))
         noise = combined(noise_RNChw, latents, spread, settings.guidance, step, alpha)
         predictions.append(noise.cpu())
-        on_rows(rows)
     return torch.cat(predictions)
 
 
@@ -385,8 +382,8 @@ class _Call:
         active: KeyframePass | PropagationPass,
         latents: _Latents,
         frames: int,
-    ) -> tuple[Tensor, int]:
-        """(R, N, C, h, w) noise and the rows it took, branches in the order of `passes`."""
+    ) -> Tensor:
+        """(R, N, C, h, w) noise, branches in the order of `passes`."""
         embeds = self.texts[-len(latents) :]
         embeds_NTE = torch.cat([e.expand(frames, -1, -1) for e in embeds])
         focus = active.focus if isinstance(active, KeyframePass) else active.source_focus
@@ -394,4 +391,4 @@ class _Call:
             noise = self.denoiser.noise(
                 torch.cat(latents), self.t, self.alpha, embeds_NTE, active=active
             )
-        return noise.unflatten(0, (len(latents), frames)), len(noise)
+        return noise.unflatten(0, (len(latents), frames))
