@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from jobs import EDIT, clip, command, edited_latents, folder_of, run, silent, write_manifest
-from test_failures import flip
+from test_damage import flip
 from test_forecast import planned
 from test_resume import Died, dying
 

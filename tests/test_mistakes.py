@@ -332,7 +332,7 @@ def test_more_threads_than_there_may_be_are_told(tmp_path):
     (tmp_path / "wolf.mp4").write_bytes(b"")
     answer = command("run", path, "--dry-run", "--threads", "2000")
     assert answer.exit_code == 2
-    assert "--threads: 2000: Input should be less than" in answer.output
+    assert "--threads: Input should be less than or equal to 1024 (got 2000)" in answer.output
     assert "cuda" not in answer.output
 
 

@@ -71,7 +71,8 @@ class Text:
 
 
 # JSON writes characters beyond the first plane as two escapes, which YAML does not know.
-_PAIR = re.compile(r"(?<!\\)((?:\\\\)*)(\\u[dD][89abAB]\w\w\\u[dD][c-fC-F]\w\w)")
+_HEX = "[0-9a-fA-F]{2}"
+_PAIR = re.compile(rf"(?<!\\)((?:\\\\)*)(\\u[dD][89abAB]{_HEX}\\u[dD][c-fC-F]{_HEX})")
 
 
 def _joined(pair: re.Match[str]) -> str:

@@ -9,19 +9,16 @@ import logging
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import replace
 
 from tokenflow_batch.asking import refused
 from tokenflow_batch.config import Batch, Job
 from tokenflow_batch.disk import keep_within, warn_if_over
 from tokenflow_batch.distributed import Team
-from tokenflow_batch.errors import LaunchError, MissingInput, TokenflowBatchError, VideoError
+from tokenflow_batch.errors import LaunchError, VideoError
 from tokenflow_batch.inputs import Inputs
 from tokenflow_batch.joblog import JobLog
-from tokenflow_batch.ledger import COMPLETE
 from tokenflow_batch.locks import StageLocks
-from tokenflow_batch.models import Compute, Model, load, resolve
-from tokenflow_batch.plan import hands_over
+from tokenflow_batch.models import Compute, Model, resolve
 from tokenflow_batch.renewal import Renewal
 from tokenflow_batch.results import (
     JobResult,
@@ -33,12 +30,11 @@ from tokenflow_batch.results import (
     publish,
     say_failed,
 )
-from tokenflow_batch.stage_names import STAGE_DATA, STAGES, StageName
-from tokenflow_batch.stages import IMPLEMENTATIONS
+from tokenflow_batch.stage_names import STAGES, StageName
+from tokenflow_batch.stage_runs import StageRuns
 from tokenflow_batch.stages.base import Beside, Progress, StageContext, clear_scratch
-from tokenflow_batch.stages.memory import MemoryUse
 from tokenflow_batch.stages.sharing import JobOver, NothingToDo, Sharing
-from tokenflow_batch.store import LAYOUT, Reads
+from tokenflow_batch.store import Reads
 from tokenflow_batch.turns import Turns, all_turns, groups, side_by_side
 
 log = logging.getLogger("tokenflow_batch")
@@ -68,14 +64,14 @@ class Runner:
     """
 
     def __init__(self, batch: Batch, progress: Progress, team: Team | None = None) -> None:
-        self.batch, self.progress = batch, progress
+        self.batch = batch
         self.team = team or Team()
         self.compute: Compute = resolve(batch.runtime, self.team.local_rank)
         self.inputs = Inputs.of(batch)
-        self._model: Model | None = None
         self._mended: set[tuple[str, ...]] = set()
         self._locks = StageLocks(self.team, self.inputs.workspace)
         self._renewal = Renewal(self.inputs, self._locks)
+        self._stages = StageRuns(self.inputs, self.compute, self.team, self._locks, progress)
 
     def run(
         self,
@@ -219,7 +215,7 @@ class Runner:
             context = self.context(job, sharing, beside)
             for index, stage in enumerate(stages):
                 yield (index,)  # so no stage of one job comes between two turns of another's
-                for place in self._stage(context, stage, result):
+                for place in self._stages.turns(context, stage, result):
                     yield (index, *place)
                 publish(context, stage, result)
         except JobOver as over:  # another process has failed in what this one waited for
@@ -246,7 +242,7 @@ class Runner:
             for stage in stages:
                 if over():
                     return
-                all_turns(self._stage(context, stage, JobResult(job)))
+                all_turns(self._stages.turns(context, stage, JobResult(job)))
         except NothingToDo:
             return
         except JobOver:
@@ -300,84 +296,6 @@ class Runner:
             self._log(job).warn(f"{job.name}: {outcome['message']}; {what} computed again")
         return True
 
-    def _stage(self, context: StageContext, stage: StageName, result: JobResult) -> Turns[None]:
-        implementation, folder = IMPLEMENTATIONS[stage], context.folder(stage)
-        if folder.complete:
-            result.skipped.append(stage)
-            return
-        for needed in implementation.inputs:
-            source = context.folder(needed)
-            gone = source.freed and needed in STAGE_DATA[stage]
-            if not source.complete or gone:
-                state = "was removed to keep the disk budget" if source.finished else "is not done"
-                raise MissingInput(
-                    f"{stage} needs {needed}, which {state}",
-                    hint=f"run `tokenflow-batch {needed}` first, or `tokenflow-batch run`",
-                )
-        with self._locks.shared(stage, folder.key, context.job.name):
-            if not folder.complete:  # another run may have finished it meanwhile
-                yield from self._work(self._handing(context, stage), stage)
-        result.ran.append(stage)
-
-    def _handing(self, context: StageContext, stage: StageName) -> StageContext:
-        """The same, with `match` open to `invert` where that can do its work on the way."""
-        # Compiled parts and those that a hook is on needn't give the same bits.
-        if stage != "invert" or not hands_over(context.settings) or self.compute.compile:
-            return context
-        folder = context.folder("match")
-        if folder.complete or not self._locks.take("match", folder.key):
-            return context
-        try:
-            folder.open(context.keys["match"].described, self.compute.numerics())
-            if folder.committed(LAYOUT):
-                folder.check(LAYOUT)
-        except TokenflowBatchError:  # told when it is its turn
-            return context
-        return replace(context, handed=folder)
-
-    def _work(self, context: StageContext, stage: StageName) -> Turns[None]:
-        folder, sharing = context.folder(stage), context.sharing
-        told, once = self._log(context.job), f"{context.job.name}/{stage}"
-        if self.team.claim(f"begin/{once}"):  # helpers come and go
-            self.team.put(f"began/{once}", time.time())
-            told.event("stage started", stage=stage, key=folder.key)
-        folder.open(context.keys[stage].described, self.compute.numerics())
-        used = MemoryUse(self.compute.device, folder)
-        try:
-            yield from self._share(context, stage, used)
-        except (JobOver, NothingToDo):
-            raise
-        except Exception as error:
-            folder.abandon()
-            for begun in filter(None, (folder, context.handed)):
-                if sharing.owes(begun):  # to other jobs' processes, too, if they share the stage
-                    sharing.fail(begun, failure(context.job, self.inputs.workspace, error))
-            raise
-        finally:
-            folder.abandon()  # before the lock goes
-        if self.team.claim(f"end/{once}"):
-            seconds = round(time.time() - (self.team.get(f"began/{once}") or time.time()), 3)
-            rows = folder.totals().get("rows", 0)
-            told.event("stage finished", stage=stage, seconds=seconds, rows=rows)
-
-    def _share(self, context: StageContext, stage: StageName, used: MemoryUse) -> Turns[None]:
-        """Do this process's part of a stage."""
-        folder, sharing = context.folder(stage), context.sharing
-        try:
-            for place in IMPLEMENTATIONS[stage].turns(context, folder):
-                with folder.lap.paused():  # others' turns
-                    yield place
-            sharing.quiet(folder)
-            folder.settle()  # its waiting is part of the stage
-            sharing.once(
-                folder,
-                COMPLETE,
-                lambda: folder.finish({**used.facts(context, stage), **folder.lap.take()}),
-            )
-        except (JobOver, NothingToDo):
-            folder.settle()  # others wait for what is behind: if it fails, that is an error
-            raise
-
     @property
     def model(self) -> Model:
         """The batch's model, loaded at first use.
@@ -385,34 +303,13 @@ class Runner:
         Raises:
             ModelError: it can't be loaded.
         """
-        if self._model is None:
-            self._model = load(self.inputs.model, self.compute)
-        return self._model
+        return self._stages.model
 
     def context(
         self, job: Job, sharing: Sharing | None = None, beside: Beside | None = None
     ) -> StageContext:
-        """What the job's stages work with; also the way to their results.
-
-        Args:
-            job: which.
-            sharing: this process's part in it; all of it unless given.
-            beside: what it has in common with jobs that it takes turns with.
-
-        Raises:
-            VideoError: the video can't be read.
-        """
-        return StageContext(
-            job=job,
-            keys=self.inputs.keys(job),
-            workspace=self.inputs.workspace,
-            compute=self.compute,
-            model=lambda: self.model,
-            progress=lambda what, total: self.progress(f"{job.name} {what}", total),
-            warn=self._log(job).warn,
-            sharing=sharing or Sharing(Team()),
-            beside=beside or Beside(),
-        )
+        """As `StageRuns.context`."""
+        return self._stages.context(job, sharing, beside)
 
     def _log(self, job: Job) -> JobLog:
         return JobLog.of(self.inputs.workspace, job)

@@ -122,15 +122,13 @@ def end(batch: Batch) -> NoReturn:
 def _overridden(runtime: Runtime, given: dict[str, Any]) -> Runtime:
     from pydantic import ValidationError
 
+    from tokenflow_batch.manifest_words import told
+
     try:
         return type(runtime).model_validate(runtime.model_dump() | given)
     except ValidationError as error:
-        wrong = error.errors()[0]
-        if wrong["loc"][0] == "device":
-            raise ManifestError(
-                f"--device: there is no {wrong['input']!r}", hint="give cpu, cuda or cuda:N"
-            ) from None
-        raise ManifestError(f"--{wrong['loc'][0]}: {wrong['input']!r}: {wrong['msg']}") from None
+        where, what = next(told(error, lambda _: ()))
+        raise ManifestError(f"--{where[0]}: {what}") from None
 
 
 class _Terminated(KeyboardInterrupt):
